@@ -1,0 +1,35 @@
+"""Channel and server options: every number of the wire in one place."""
+
+from __future__ import annotations
+
+import grpc
+
+KEEPALIVE_MS = 10_000
+"""Ping an idle peer this often: a peer that is gone without a FIN is noticed within two pings."""
+
+KEEPALIVE_TIMEOUT_MS = 5_000
+"""A ping unanswered for this long closes the connection."""
+
+RECONNECT_MAX_MS = 1_000
+"""Ceiling of grpc's reconnect back-off; its default of two minutes would outlive most restarts."""
+
+
+def options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options common to both ends. `max_message_bytes` bounds one message in either direction."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.min_reconnect_backoff_ms", 50),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+    ]
+
+
+def open_channel(address: str, *, max_message_bytes: int) -> grpc.aio.Channel:
+    """An insecure asyncio channel to host:port."""
+    return grpc.aio.insecure_channel(address, options=options(max_message_bytes))

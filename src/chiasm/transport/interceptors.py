@@ -1,0 +1,128 @@
+"""One server interceptor: request id and trace context in, typed errors out, every call counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import structlog
+from opentelemetry import context as otel_context
+
+from chiasm import errors
+from chiasm.telemetry import metrics, traces
+from chiasm.transport import status
+
+REQUEST_ID_KEY = "x-request-id"
+_QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+log = structlog.get_logger()
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server.
+
+    Handlers are coroutines (unary answer) or async generators (streamed answer). A ChiasmError
+    becomes its status; any other exception becomes INTERNAL without its text, which goes to the log.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Any],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_QUIET):
+            return handler
+        if handler.response_streaming:
+            behavior = _wrap_stream(handler.unary_stream or handler.stream_stream, method)
+            factory = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+        else:
+            behavior = _wrap_unary(handler.unary_unary or handler.stream_unary, method)
+            factory = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+        return factory(
+            behavior,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+class _Call:
+    """Context of one call: entered before the handler, left after it whatever happens."""
+
+    def __init__(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        self.method, self.context = method, context
+        self.metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
+        self.start = time.monotonic()
+        self.outcome = "OK"
+
+    def __enter__(self) -> _Call:
+        self.token = otel_context.attach(traces.extract(self.metadata))
+        request_id = self.metadata.get(REQUEST_ID_KEY) or uuid.uuid4().hex
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        otel_context.detach(self.token)
+        structlog.contextvars.unbind_contextvars("request_id")
+        metrics.RPC_SECONDS.labels(self.method, self.outcome).observe(
+            time.monotonic() - self.start
+        )
+
+    async def fail(self, error: Exception) -> None:
+        if not isinstance(error, errors.ChiasmError):
+            log.exception("rpc_failed", method=self.method)
+            error = errors.Internal("internal error; the server's log has the request id")
+        else:
+            log.info(
+                "rpc_refused", method=self.method, reason=error.reason, message=error.message[:256]
+            )
+        self.outcome = type(error).__name__
+        await status.abort(self.context, error)
+
+
+def _wrap_unary(behavior: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        with _Call(method, context) as scope:
+            try:
+                return await behavior(request, context)
+            except asyncio.CancelledError:
+                scope.outcome = "CANCELLED"
+                raise
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await scope.fail(error)
+
+    return call
+
+
+def _wrap_stream(behavior: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        with _Call(method, context) as scope:
+            answers = behavior(request, context)
+            try:
+                async for answer in answers:
+                    yield answer
+            except (asyncio.CancelledError, GeneratorExit):
+                scope.outcome = "CANCELLED"
+                raise
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await scope.fail(error)
+            finally:
+                await answers.aclose()
+
+    return call
