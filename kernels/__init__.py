@@ -1,0 +1,1 @@
+"""One folder per operation: reference.py is plain torch and the specification of the others."""

@@ -1,0 +1,1 @@
+"""Decoder: attention, gates, shared experts, KV cache, scheduler and sampler."""

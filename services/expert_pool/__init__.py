@@ -1,0 +1,1 @@
+"""Expert server: routed experts of one modality, pure functions over gRPC."""

@@ -1,0 +1,167 @@
+"""The decoder as a process."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+import torch
+
+from chiasm.flags import settings_command
+from chiasm.membership import Role, ShardSet, Topology
+from chiasm.model.checkpoint import Checkpoint
+from chiasm.model.config import ModelConfig
+from chiasm.model.experts import ExpertBank
+from chiasm.model.load import load_module
+from chiasm.model.text import LanguageModel
+from chiasm.services.decoder.config import DecoderSettings
+from chiasm.services.decoder.embeddings import EmbeddingStore
+from chiasm.services.decoder.engine import Engine
+from chiasm.services.decoder.kv_cache import ContiguousKVCache
+from chiasm.services.decoder.pools import ExpertPools, LocalPool, Pool, RemotePool
+from chiasm.services.decoder.scheduler import Scheduler
+from chiasm.services.decoder.servicer import DecoderServicer
+from chiasm.telemetry.progress import loading
+from chiasm.transport import service
+from chiasm.transport.messages import CONTROL_BYTES, dispatch_bytes
+from chiasm.types import Modality
+from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
+
+
+def build(
+    settings: DecoderSettings, config: ModelConfig, process: service.ServiceProcess
+) -> service.Service:
+    """The decoder, without its weights yet."""
+    embeddings = EmbeddingStore(
+        hidden_size=config.text.hidden_size,
+        budget_bytes=settings.embedding_cache_bytes,
+        timeout_s=settings.fetch_timeout_s,
+        max_message_bytes=CONTROL_BYTES,
+    )
+    servicer = DecoderServicer(config, embeddings)
+    remote: list[RemotePool] = []
+
+    async def load() -> None:
+        model, banks = await asyncio.to_thread(_load_weights, settings, config)
+        pools: dict[Modality, Pool] = {bank.modality: LocalPool(bank) for bank in banks}
+        if not pools:
+            remote.extend(_remote_pool(m, settings, config, process) for m in Modality)
+            pools = dict(zip(Modality, remote, strict=True))
+        servicer.engine = _engine(settings, config, model, pools)
+        servicer.engine.start()
+        process.member.update(
+            shard_sets=tuple(
+                ShardSet(modality=b.modality, num_shards=b.num_shards, shards=b.shards)
+                for b in banks
+            )
+        )
+
+    def is_ready(topology: Topology) -> bool:
+        return settings.colocate or topology.covered(Modality.TEXT)
+
+    async def close() -> None:
+        if servicer.engine is not None:
+            await asyncio.to_thread(servicer.engine.close)
+        await asyncio.gather(embeddings.close(), *(pool.close() for pool in remote))
+
+    return service.Service(
+        register=partial(decoder_pb2_grpc.add_DecoderServicer_to_server, servicer),
+        load=load,
+        is_ready=is_ready,
+        drain=servicer.wait_idle,
+        close=close,
+        watch_topology=not settings.colocate,
+    )
+
+
+def _load_weights(
+    settings: DecoderSettings, config: ModelConfig
+) -> tuple[LanguageModel, list[ExpertBank]]:
+    """The decoder's own weights and, colocated, both banks."""
+    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    with torch.device("meta"):
+        model = LanguageModel(config.text)
+    num_elements = sum(p.numel() for p in model.parameters())
+    with Checkpoint(settings.model, config) as checkpoint:
+        with loading("decoder", num_elements) as advance:
+            load_module(model, checkpoint, "", dtype, device=device, on_parameter=advance)
+        banks: list[ExpertBank] = []
+        if settings.colocate:
+            for modality, num_shards in (
+                (Modality.TEXT, settings.text_shards),
+                (Modality.VISION, settings.vision_shards),
+            ):
+                bank = ExpertBank(
+                    config, modality=modality, num_shards=num_shards, dtype=dtype, device=device
+                )
+                for shard in range(num_shards):
+                    bank.load(checkpoint, shard)
+                banks.append(bank)
+    return model, banks
+
+
+def _remote_pool(
+    modality: Modality,
+    settings: DecoderSettings,
+    config: ModelConfig,
+    process: service.ServiceProcess,
+) -> RemotePool:
+    text = config.text
+    return RemotePool(
+        modality,
+        process.topology,
+        num_experts=text.num_experts,
+        attempt_timeout_s=settings.attempt_timeout_s,
+        timeout_s=settings.dispatch_timeout_s,
+        max_message_bytes=dispatch_bytes(settings.max_step_tokens, text.hidden_size, text.moe_k),
+    )
+
+
+def _engine(
+    settings: DecoderSettings,
+    config: ModelConfig,
+    model: LanguageModel,
+    pools: dict[Modality, Pool],
+) -> Engine:
+    device = torch.device(settings.device)
+    cache = ContiguousKVCache(
+        config.text,
+        num_tokens=settings.kv_cache_tokens or 4 * config.text.max_position_embeddings,
+        dtype=getattr(torch, settings.dtype),
+        device=device,
+    )
+    scheduler = Scheduler(
+        cache,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        max_step_tokens=settings.max_step_tokens,
+    )
+    # The engine's own wait is a last resort: a pool gives up before it.
+    wait_s = settings.dispatch_timeout_s + settings.attempt_timeout_s
+    return Engine(
+        model,
+        cache,
+        scheduler,
+        ExpertPools(pools, timeout_s=wait_s),
+        device=device,
+        park_timeout_s=settings.park_timeout_s,
+    )
+
+
+def serve(settings: DecoderSettings) -> int:
+    """Runs the decoder until SIGTERM; returns the exit code."""
+    config = ModelConfig.load(settings.model, settings.video_advance)
+    return service.serve(
+        settings,
+        name="decoder",
+        role=Role.DECODER,
+        services=[decoder_pb2.DESCRIPTOR.services_by_name["Decoder"].full_name],
+        max_message_bytes=CONTROL_BYTES,
+        build=partial(build, settings, config),
+    )
+
+
+main = settings_command(DecoderSettings, serve, prog="chiasm decoder")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Settings of the decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from chiasm.config import ServiceSettings
+
+
+class DecoderSettings(ServiceSettings):
+    """One decoder process."""
+
+    model: Path = Field(description="Checkpoint directory.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Element type of weights and activations."
+    )
+    device: str = Field("cpu", description="torch device of the model and the KV cache.")
+    video_advance: Literal["original", "transformers"] | None = Field(
+        None, description="Rule by which positions advance after a video; unset: the checkpoint's."
+    )
+    colocate: bool = Field(False, description="Run both expert pools inside this process.")
+    text_shards: int = Field(1, ge=1, description="Shards of the colocated text pool.")
+    vision_shards: int = Field(1, ge=1, description="Shards of the colocated vision pool.")
+    max_running: int = Field(32, ge=1, description="Requests that decode together.")
+    max_waiting: int = Field(256, ge=1, description="Requests that may wait for admission.")
+    max_step_tokens: int = Field(
+        512, ge=1, description="Tokens of one engine step; longer prompts are prefilled in chunks."
+    )
+    kv_cache_tokens: int = Field(
+        0, ge=0, description="Tokens the KV cache holds; 0: four times the model's context."
+    )
+    embedding_cache_bytes: int = Field(
+        256 << 20, ge=0, description="Bytes of the cache of media embeddings."
+    )
+    park_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds a request waits for an expert pool that is away."
+    )
+    attempt_timeout_s: float = Field(
+        10.0, gt=0, description="Seconds one dispatch may take before another replica is tried."
+    )
+    dispatch_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds a dispatch may take over all attempts."
+    )
+    fetch_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds fetching one item's embeddings may take."
+    )

@@ -1,0 +1,89 @@
+"""Media embeddings by digest: fetched once from the encoder, kept in a bounded cache."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import torch
+
+from chiasm import errors
+from chiasm.cache import ByteLRU
+from chiasm.telemetry import traces
+from chiasm.transport import status, tensors
+from chiasm.transport.channel import open_channel
+from chiasm.v1 import decoder_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
+
+
+class EmbeddingStore:
+    """Used from the event loop only. Concurrent fetches of one digest share one stream."""
+
+    def __init__(
+        self, *, hidden_size: int, budget_bytes: int, timeout_s: float, max_message_bytes: int
+    ) -> None:
+        self._hidden_size, self._timeout_s = hidden_size, timeout_s
+        self._max_message_bytes = max_message_bytes
+        self._cache: ByteLRU[torch.Tensor] = ByteLRU(budget_bytes)
+        self._fetching: dict[str, asyncio.Task[torch.Tensor]] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def get(self, ref: decoder_pb2.MediaRef, request_id: str) -> torch.Tensor:
+        """Embeddings [ref.num_tokens, H].
+
+        Raises NotFound (EMBEDDING_EVICTED) when the encoder no longer has them, Unavailable when it
+        is away.
+        """
+        found = self._cache.get(ref.digest)
+        if found is None:
+            task = self._fetching.get(ref.digest)
+            if task is None:
+                task = asyncio.create_task(self._fetch(ref, request_id))
+                self._fetching[ref.digest] = task
+                task.add_done_callback(lambda _: self._fetching.pop(ref.digest, None))
+            # A waiter that goes away must not take the others' fetch with it.
+            found = await asyncio.shield(task)
+        if found.shape[0] != ref.num_tokens:
+            raise errors.InvalidArgument(
+                "media.num_tokens", f"{ref.num_tokens}, but the encoder has {found.shape[0]}"
+            )
+        return found
+
+    async def close(self) -> None:
+        """Closes the channels."""
+        await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+
+    async def _fetch(self, ref: decoder_pb2.MediaRef, request_id: str) -> torch.Tensor:
+        with traces.child("fetch_embeddings", kind=traces.CLIENT) as span:
+            span.set_attributes({"chiasm.digest": ref.digest, "chiasm.tokens": ref.num_tokens})
+            stub = encoder_pb2_grpc.VisionEncoderStub(self._channel(ref.encoder_address))
+            call = stub.Fetch(
+                encoder_pb2.FetchRequest(digest=ref.digest),
+                timeout=self._timeout_s,
+                metadata=traces.metadata(request_id),
+            )
+            try:
+                rows = [self._rows(chunk.rows, ref, chunk.total_rows) async for chunk in call]
+            except grpc.RpcError as error:
+                raise status.from_rpc_error(error) from None
+        embeddings = torch.cat(rows) if rows else torch.empty(0, self._hidden_size)
+        self._cache.put(ref.digest, embeddings, embeddings.nbytes)
+        return embeddings
+
+    def _rows(
+        self, wire: tensor_pb2.Tensor, ref: decoder_pb2.MediaRef, total_rows: int
+    ) -> torch.Tensor:
+        if total_rows != ref.num_tokens:
+            raise errors.InvalidArgument(
+                "media.num_tokens", f"{ref.num_tokens}, but the encoder has {total_rows}"
+            )
+        rows = tensors.from_wire(wire, name="rows")
+        if rows.ndim != 2 or rows.shape[1] != self._hidden_size:
+            raise errors.DataLoss(f"the encoder sent rows of shape {tuple(rows.shape)}")
+        return rows
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = open_channel(
+                address, max_message_bytes=self._max_message_bytes
+            )
+        return self._channels[address]

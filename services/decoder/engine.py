@@ -1,0 +1,278 @@
+"""The step loop: schedule -> forward -> commit, on a thread of its own. No grpc.
+
+Only `_commit` changes a sequence's tokens, so a step that fails half way has changed nothing that
+counts: keys and values it wrote are written again by the next try.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from chiasm import errors
+from chiasm.model.text import Batch, LanguageModel
+from chiasm.services.decoder import spans, step
+from chiasm.services.decoder.kv_cache import ContiguousKVCache
+from chiasm.services.decoder.pools import ExpertPools, PoolUnavailable
+from chiasm.services.decoder.sampler import sample
+from chiasm.services.decoder.scheduler import Chunk, Scheduler
+from chiasm.services.decoder.sequence import (
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    PromptLogitsEvent,
+    Sequence,
+    TokenEvent,
+)
+from chiasm.telemetry import metrics
+from chiasm.types import Modality
+
+IDLE_WAIT_S = 0.05
+"""How often an engine that has only parked requests looks whether their pool is back."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """A moment's work."""
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+
+
+class Engine:
+    """Owns the model, the cache, the scheduler and every sequence in them.
+
+    `submit` and `abort` may be called from any thread; sinks are called from the engine's.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: ContiguousKVCache,
+        scheduler: Scheduler,
+        pools: ExpertPools,
+        *,
+        device: torch.device,
+        park_timeout_s: float,
+    ) -> None:
+        self._model, self._cache, self._scheduler, self._pools = model, cache, scheduler, pools
+        self._device, self._park_timeout_ns = device, int(park_timeout_s * 1e9)
+        self._inbox: deque[Sequence] = deque()
+        self._wake = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.steps = 0
+        metrics.KV_TOKENS_TOTAL.set(cache.num_tokens)
+
+    def start(self) -> None:
+        """Starts the loop."""
+        self._thread.start()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Hands a sequence over; its sink gets every event up to finished or failed."""
+        sequence.timings.submitted = time.monotonic_ns()
+        with self._wake:
+            if self._stopped:
+                raise errors.Unavailable("the decoder is stopping", retry_after_s=1.0)
+            self._inbox.append(sequence)
+            self._wake.notify()
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends a sequence before the next step, without an event."""
+        with self._wake:
+            sequence.aborted = True
+            self._wake.notify()
+
+    def load(self) -> EngineLoad:
+        """Requests and cache in use now."""
+        return EngineLoad(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting) + len(self._inbox),
+            kv_tokens_used=self._cache.num_reserved,
+            kv_tokens_total=self._cache.num_tokens,
+        )
+
+    def close(self) -> None:
+        """Stops after the current step and fails what is left."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                if not self._stopped and not self._inbox and not any(self._scheduler):
+                    self._wake.wait()
+                if self._stopped:
+                    break
+            self._take_in()
+            try:
+                progressed = self._step()
+            except Exception:
+                log.exception("step_failed")
+                self._fail_all(errors.Internal("the engine failed; the log has the request id"))
+                continue
+            if not progressed:
+                with self._wake:
+                    self._wake.wait(IDLE_WAIT_S)
+        self._take_in()
+        self._fail_all(errors.Unavailable("the decoder is stopping", retry_after_s=1.0))
+
+    def _take_in(self) -> None:
+        """Moves arrivals to the scheduler and takes the aborted out."""
+        while self._inbox:
+            sequence = self._inbox.popleft()
+            try:
+                self._scheduler.add(sequence)
+            except errors.ResourceExhausted as error:
+                sequence.sink(FailedEvent(error=error))
+        for sequence in [s for s in self._scheduler if s.aborted]:
+            self._end(sequence)
+
+    def _step(self) -> bool:
+        """One step; False when nothing could run."""
+        start = time.monotonic_ns()
+        schedule = self._scheduler.schedule(self._pools.covered())
+        for sequence in schedule.admitted:
+            spans.admitted(sequence, start)
+            metrics.DECODER_QUEUE_SECONDS.observe((start - sequence.timings.submitted) / 1e9)
+        self._wait_or_fail(schedule.parked, since=start)
+        if not schedule.chunks:
+            return False
+        waits_before = dict(self._pools.wait_ns)
+        try:
+            with spans.step(schedule.chunks, self.steps), torch.inference_mode():
+                sampled = self._forward(schedule.chunks)
+        except PoolUnavailable as error:
+            self._park(schedule.chunks, error, start)
+            return False
+        waited = {m: ns - waits_before[m] for m, ns in self._pools.wait_ns.items()}
+        self._commit(schedule.chunks, sampled, waited)
+        self._measure(schedule.chunks, time.monotonic_ns() - start)
+        return True
+
+    def _forward(self, chunks: tuple[Chunk, ...]) -> list[int | None]:
+        """Runs the chunks; a token for each one that ends its sequence, else None."""
+        batch_input = step.build(chunks, self._model, self._device)
+        batch = Batch(
+            positions=batch_input.positions,
+            rows=batch_input.rows,
+            attention=self._cache.bind(batch_input.segments),
+            experts=self._pools,
+        )
+        hidden = self._model(batch_input.embeddings, batch)
+        self._send_prompt_logits(chunks, hidden)
+        ends = [s.row + s.num_tokens - 1 for s in batch_input.segments]
+        last = [end for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
+        logits = iter(self._model.logits(hidden[last])) if last else iter(())
+        return [
+            sample(next(logits), c.sequence.sampling, c.sequence.num_generated)
+            if c.is_last
+            else None
+            for c in chunks
+        ]
+
+    def _send_prompt_logits(self, chunks: tuple[Chunk, ...], hidden: torch.Tensor) -> None:
+        row = 0
+        for chunk in chunks:
+            if chunk.sequence.prompt_logits and chunk.start < chunk.sequence.num_prompt:
+                logits = self._model.logits(hidden[row : row + chunk.num_tokens]).cpu()
+                chunk.sequence.sink(PromptLogitsEvent(offset=chunk.start, rows=logits))
+            row += chunk.num_tokens
+
+    def _commit(
+        self,
+        chunks: tuple[Chunk, ...],
+        sampled: list[int | None],
+        waited: dict[Modality, int],
+    ) -> None:
+        """The only place where a step changes sequences."""
+        now = time.monotonic_ns()
+        self.steps += 1
+        for chunk, token in zip(chunks, sampled, strict=True):
+            sequence = chunk.sequence
+            sequence.parked_since = None
+            sequence.num_computed = chunk.stop
+            for modality in Modality:
+                sequence.timings.expert_wait[modality] += waited[modality]
+            if token is None:
+                continue
+            sequence.token_ids.append(token)
+            if sequence.num_generated == 1:
+                sequence.media = ()  # the embeddings are in the cache's keys and values now
+                spans.first_token(sequence, now)
+            sequence.sink(TokenEvent(token_id=token))
+            if reason := _finish_reason(sequence, token):
+                sequence.timings.finished = now
+                sequence.sink(FinishedEvent(reason=reason))
+                self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        spans.ended(sequence)
+        self._scheduler.remove(sequence)
+
+    def _fail(self, sequence: Sequence, error: errors.ChiasmError) -> None:
+        sequence.sink(FailedEvent(error=error))
+        self._end(sequence)
+
+    def _fail_all(self, error: errors.ChiasmError) -> None:
+        for sequence in list(self._scheduler):
+            self._fail(sequence, error)
+
+    def _park(self, chunks: tuple[Chunk, ...], error: PoolUnavailable, start: int) -> None:
+        """After a step that a pool failed: its requests wait for the pool, the others go on."""
+        log.warning("pool_away", modality=error.modality, detail=error.message[:256])
+        self._wait_or_fail(
+            (c.sequence for c in chunks if error.modality in c.modalities), since=start
+        )
+
+    def _wait_or_fail(self, sequences: Iterable[Sequence], *, since: int) -> None:
+        """Books sequences as waiting for a pool; fails those that have waited too long."""
+        now = time.monotonic_ns()
+        for sequence in sequences:
+            if sequence.parked_since is None:
+                sequence.parked_since = since
+            if now - sequence.parked_since >= self._park_timeout_ns:
+                self._fail(
+                    sequence,
+                    errors.Unavailable(
+                        "an expert pool the request needs is away",
+                        reason="EXPERT_POOL_UNAVAILABLE",
+                        retry_after_s=5.0,
+                    ),
+                )
+
+    def _measure(self, chunks: tuple[Chunk, ...], step_ns: int) -> None:
+        metrics.STEP_SECONDS.observe(step_ns / 1e9)
+        for chunk in chunks:
+            prompt_stop = min(chunk.stop, chunk.sequence.num_prompt)
+            types = chunk.sequence.prompt_types[chunk.start : prompt_stop]
+            if types:
+                num_text = types.count(0)
+                metrics.STEP_TOKENS.labels("prefill", "text").inc(num_text)
+                metrics.STEP_TOKENS.labels("prefill", "vision").inc(len(types) - num_text)
+            else:
+                metrics.STEP_TOKENS.labels("decode", "text").inc(chunk.num_tokens)
+        load = self.load()
+        metrics.RUNNING_REQUESTS.set(load.running)
+        metrics.WAITING_REQUESTS.set(load.waiting)
+        metrics.KV_TOKENS_USED.set(load.kv_tokens_used)
+
+
+def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
+    if token in sequence.sampling.stop_token_ids:
+        return FinishReason.STOP
+    if sequence.num_generated >= sequence.sampling.max_tokens:
+        return FinishReason.LENGTH
+    return None

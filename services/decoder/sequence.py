@@ -1,0 +1,132 @@
+"""One request inside the engine. No torch: media embeddings are carried, never looked into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+
+from chiasm import errors
+from chiasm.types import TOKEN_TEXT, Modality
+
+
+class FinishReason(StrEnum):
+    """Why a request ended well."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Validated sampling parameters; `max_tokens` fits the context."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceTimings:
+    """Nanoseconds; instants are time.monotonic_ns()."""
+
+    submitted: int = 0
+    admitted: int = 0
+    first_token: int = 0
+    finished: int = 0
+    expert_wait: dict[Modality, int] = field(default_factory=lambda: dict.fromkeys(Modality, 0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """A generated token."""
+
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogitsEvent:
+    """Logits of prompt positions `offset`..; rows: float32 tensor [N, V]."""
+
+    offset: int
+    rows: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedEvent:
+    """The request ended well."""
+
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedEvent:
+    """The request ended with an error."""
+
+    error: errors.ChiasmError
+
+
+Event = TokenEvent | PromptLogitsEvent | FinishedEvent | FailedEvent
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """State of a request from submission to its last event.
+
+    prompt_types: routing type per prompt token. positions: int64 [3, prompt]; generated token j has
+    position next_position + j on all three axes. media: (offset, embeddings [n, H]) per item.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    prompt_types: bytes
+    positions: npt.NDArray[np.int64]
+    next_position: int
+    media: tuple[tuple[int, Any], ...]
+    sampling: Sampling
+    prompt_logits: bool
+    sink: Callable[[Event], None] = field(default=lambda _: None)
+    trace_context: otel_context.Context = field(default_factory=otel_context.Context)
+    num_prompt: int = field(init=False)
+    num_computed: int = 0
+    parked_since: int | None = None
+    aborted: bool = False
+    timings: SequenceTimings = field(default_factory=SequenceTimings)
+    span: trace.Span = trace.INVALID_SPAN
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are not in the cache yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of KV cache the request may come to need."""
+        return self.num_prompt + self.sampling.max_tokens
+
+    def modalities(self, start: int, stop: int) -> frozenset[Modality]:
+        """Banks that tokens [start, stop) are routed to; generated tokens are text."""
+        types = self.prompt_types[start:stop]
+        num_text = types.count(TOKEN_TEXT) + max(0, stop - max(start, self.num_prompt))
+        found = set()
+        if num_text:
+            found.add(Modality.TEXT)
+        if num_text < stop - start:
+            found.add(Modality.VISION)
+        return frozenset(found)

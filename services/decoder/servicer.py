@@ -1,0 +1,146 @@
+"""Decoder over gRPC: decode the request, run it, stream its events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import torch
+from chiasm.model.positions import position_ids
+from opentelemetry import context as otel_context
+
+from chiasm import errors
+from chiasm.model.config import ModelConfig
+from chiasm.services.decoder import wire
+from chiasm.services.decoder.embeddings import EmbeddingStore
+from chiasm.services.decoder.engine import Engine
+from chiasm.services.decoder.sequence import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    PromptLogitsEvent,
+    Sequence,
+    TokenEvent,
+)
+from chiasm.telemetry import traces
+from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
+    """`engine` is None until the weights are loaded."""
+
+    def __init__(self, config: ModelConfig, embeddings: EmbeddingStore) -> None:
+        self.engine: Engine | None = None
+        self._config, self._embeddings = config, embeddings
+        self._calls: dict[str, asyncio.Task[object] | None] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def Decode(
+        self, request: decoder_pb2.DecodeRequest, context: Context
+    ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
+        engine = self._ready_engine()
+        if request.request_id in self._calls:
+            raise errors.AlreadyExists(f"request {request.request_id!r} is in flight")
+        wire.check(request, self._config)
+        self._calls[request.request_id] = asyncio.current_task()
+        self._idle.clear()
+        try:
+            with traces.tracer.start_as_current_span("decode", kind=traces.SERVER) as span:
+                span.set_attributes(
+                    {
+                        "gen_ai.request.id": request.request_id,
+                        "gen_ai.usage.input_tokens": len(request.token_ids),
+                    }
+                )
+                async for event in self._run(engine, request):
+                    yield event
+        finally:
+            del self._calls[request.request_id]
+            if not self._calls:
+                self._idle.set()
+
+    async def Abort(
+        self, request: decoder_pb2.AbortRequest, context: Context
+    ) -> decoder_pb2.AbortResponse:
+        task = self._calls.get(request.request_id)
+        if task is not None:
+            task.cancel()
+        return decoder_pb2.AbortResponse()
+
+    async def GetLoad(
+        self, request: decoder_pb2.GetDecoderLoadRequest, context: Context
+    ) -> decoder_pb2.DecoderLoad:
+        load = self._ready_engine().load()
+        return decoder_pb2.DecoderLoad(
+            running_requests=load.running,
+            waiting_requests=load.waiting,
+            kv_tokens_used=load.kv_tokens_used,
+            kv_tokens_total=load.kv_tokens_total,
+        )
+
+    async def wait_idle(self) -> None:
+        """Returns when no call is running."""
+        await self._idle.wait()
+
+    def _ready_engine(self) -> Engine:
+        if self.engine is None:
+            raise errors.Unavailable("the decoder is loading", reason="LOADING", retry_after_s=1.0)
+        return self.engine
+
+    async def _run(
+        self, engine: Engine, request: decoder_pb2.DecodeRequest
+    ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
+        start = time.monotonic_ns()
+        embeddings = await asyncio.gather(
+            *(self._embeddings.get(ref, request.request_id) for ref in request.media)
+        )
+        fetch_ns = time.monotonic_ns() - start if request.media else 0
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        sequence = self._sequence(request, embeddings)
+
+        def sink(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        sequence.sink = sink
+        engine.submit(sequence)
+        try:
+            while True:
+                match await events.get():
+                    case TokenEvent(token_id=token_id):
+                        yield wire.token(token_id)
+                    case PromptLogitsEvent(offset=offset, rows=rows):
+                        for message in wire.prompt_logits(offset, rows, sequence.num_prompt):
+                            yield message
+                    case FinishedEvent(reason=reason):
+                        yield wire.finished(reason, sequence.timings, fetch_ns)
+                        return
+                    case FailedEvent(error=error):
+                        raise error
+        finally:
+            engine.abort(sequence)
+
+    def _sequence(
+        self, request: decoder_pb2.DecodeRequest, embeddings: list[torch.Tensor]
+    ) -> Sequence:
+        positions, next_position = position_ids(
+            len(request.token_ids), wire.media(request), self._config
+        )
+        return Sequence(
+            request_id=request.request_id,
+            token_ids=list(request.token_ids),
+            prompt_types=request.token_types,
+            positions=positions,
+            next_position=next_position,
+            media=tuple(
+                (ref.offset, rows) for ref, rows in zip(request.media, embeddings, strict=True)
+            ),
+            sampling=wire.sampling(request, self._config),
+            prompt_logits=request.prompt_logits,
+            trace_context=otel_context.get_current(),
+        )

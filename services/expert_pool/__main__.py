@@ -1,0 +1,92 @@
+"""The expert server as a process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from chiasm.flags import settings_command
+from chiasm.membership import Role, ShardSet
+from chiasm.model.config import ModelConfig
+from chiasm.model.experts import ExpertBank
+from chiasm.services.expert_pool.config import ExpertPoolSettings
+from chiasm.services.expert_pool.engine import ExpertEngine
+from chiasm.services.expert_pool.servicer import ExpertPoolServicer
+from chiasm.services.expert_pool.wire import DispatchLimits
+from chiasm.telemetry.progress import loading
+from chiasm.transport import service
+from chiasm.transport.messages import dispatch_bytes
+from chiasm.v1 import experts_pb2, experts_pb2_grpc
+
+
+def build(
+    settings: ExpertPoolSettings, config: ModelConfig, process: service.ServiceProcess
+) -> service.Service:
+    """The server, without its weights yet."""
+    bank = ExpertBank(
+        config,
+        modality=settings.modality,
+        num_shards=settings.shards.num_shards,
+        dtype=getattr(torch, settings.dtype),
+        device=torch.device(settings.device),
+    )
+    engine = ExpertEngine(
+        bank, model=settings.model, config=config, max_queued=settings.max_queued_dispatches
+    )
+    limits = DispatchLimits(
+        modality=settings.modality,
+        num_shards=bank.num_shards,
+        dtype=bank.dtype,
+        max_tokens=settings.max_dispatch_tokens,
+        text=config.text,
+    )
+
+    def report() -> None:
+        held = () if servicer.draining else bank.shards
+        shard_set = ShardSet(modality=bank.modality, num_shards=bank.num_shards, shards=held)
+        process.member.update(shard_sets=(shard_set,))
+        process.recheck()
+
+    servicer = ExpertPoolServicer(engine, limits, on_change=report)
+
+    async def load() -> None:
+        shards = settings.shards.shards
+        with loading(f"{bank.modality} experts", len(shards) * len(config.text.moe_layers)) as bar:
+            await engine.assign(shards, epoch=0, on_layer=lambda: bar(1), on_change=report)
+
+    async def drain() -> None:
+        servicer.draining = True
+        await engine.wait_idle()
+
+    async def close() -> None:
+        engine.close()
+
+    return service.Service(
+        register=partial(experts_pb2_grpc.add_ExpertPoolServicer_to_server, servicer),
+        load=load,
+        is_ready=lambda _: bool(bank.shards) and not servicer.draining,
+        drain=drain,
+        close=close,
+    )
+
+
+def serve(settings: ExpertPoolSettings) -> int:
+    """Runs the server until SIGTERM; returns the exit code."""
+    config = ModelConfig.load(settings.model)
+    return service.serve(
+        settings,
+        name=f"{settings.modality}-experts",
+        role=Role.EXPERT_POOL,
+        services=[experts_pb2.DESCRIPTOR.services_by_name["ExpertPool"].full_name],
+        max_message_bytes=dispatch_bytes(
+            settings.max_dispatch_tokens, config.text.hidden_size, config.text.moe_k
+        ),
+        build=partial(build, settings, config),
+    )
+
+
+main = settings_command(ExpertPoolSettings, serve, prog="chiasm expert-pool")
+
+if __name__ == "__main__":
+    main()

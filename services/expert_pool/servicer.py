@@ -1,0 +1,184 @@
+"""ExpertPool over gRPC: decode, compute, encode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import structlog
+import torch
+from opentelemetry.trace import SpanKind
+
+from chiasm import errors
+from chiasm.services.expert_pool import wire
+from chiasm.services.expert_pool.engine import ExpertEngine
+from chiasm.telemetry import metrics, traces
+from chiasm.types import shard_experts
+from chiasm.v1 import experts_pb2, experts_pb2_grpc
+
+MAX_STREAM_DISPATCHES = 64
+"""Dispatches of one stream in hand at once; beyond it the stream is read no further."""
+
+log = structlog.get_logger()
+
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
+    """`on_change` is called whenever the set of loaded shards or the drain state changes."""
+
+    def __init__(
+        self, engine: ExpertEngine, limits: wire.DispatchLimits, on_change: Callable[[], None]
+    ) -> None:
+        self._engine, self._limits, self._on_change = engine, limits, on_change
+        self._modality = str(limits.modality)
+        self._assigning: set[asyncio.Task[None]] = set()
+        self.draining = False
+
+    async def Dispatch(
+        self,
+        requests: AsyncIterator[experts_pb2.DispatchRequest],
+        context: Context,
+    ) -> AsyncIterator[experts_pb2.DispatchResponse]:
+        answers: asyncio.Queue[experts_pb2.DispatchResponse | None] = asyncio.Queue()
+        slots = asyncio.Semaphore(MAX_STREAM_DISPATCHES)
+        running: set[asyncio.Task[None]] = set()
+
+        async def answer(request: experts_pb2.DispatchRequest) -> None:
+            try:
+                answers.put_nowait(await self._answer(request))
+            finally:
+                slots.release()
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    await slots.acquire()
+                    task = asyncio.create_task(answer(request))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+                await asyncio.gather(*running)
+            finally:
+                answers.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (response := await answers.get()) is not None:
+                yield response
+        finally:
+            for task in (reader, *running):
+                task.cancel()
+            await asyncio.gather(reader, *running, return_exceptions=True)
+
+    async def Describe(
+        self, request: experts_pb2.DescribeRequest, context: Context
+    ) -> experts_pb2.PoolDescription:
+        bank = self._engine.bank
+        return experts_pb2.PoolDescription(
+            modality=wire.WIRE_MODALITY[bank.modality],
+            num_shards=bank.num_shards,
+            loaded_shards=bank.shards,
+            loading_shards=self._engine.loading,
+            epoch=self._engine.epoch,
+            precision=str(bank.dtype).removeprefix("torch."),
+            queued_dispatches=self._engine.queued,
+            weight_bytes=bank.weight_bytes,
+            draining=self.draining,
+        )
+
+    async def Assign(
+        self, request: experts_pb2.AssignRequest, context: Context
+    ) -> experts_pb2.PoolDescription:
+        if any(shard >= self._limits.num_shards for shard in request.shards):
+            raise errors.InvalidArgument("shards", f"must lie below {self._limits.num_shards}")
+        if request.epoch < self._engine.epoch:
+            raise errors.FailedPrecondition(
+                f"epoch {request.epoch} is older than {self._engine.epoch}", reason="STALE_EPOCH"
+            )
+        task = asyncio.create_task(
+            self._engine.assign(
+                list(request.shards), epoch=request.epoch, on_change=self._on_change
+            )
+        )
+        self._assigning.add(task)
+        task.add_done_callback(self._assigned)
+        await asyncio.sleep(0)  # the assignment takes effect before it is described
+        return await self.Describe(experts_pb2.DescribeRequest(), context)
+
+    async def Drain(
+        self, request: experts_pb2.DrainRequest, context: Context
+    ) -> experts_pb2.PoolDescription:
+        self.draining = True
+        self._on_change()
+        return await self.Describe(experts_pb2.DescribeRequest(), context)
+
+    def _assigned(self, task: asyncio.Task[None]) -> None:
+        self._assigning.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("assign_failed", error=str(error)[:256])
+
+    async def _answer(self, request: experts_pb2.DispatchRequest) -> experts_pb2.DispatchResponse:
+        response = experts_pb2.DispatchResponse(dispatch_id=request.dispatch_id)
+        try:
+            if self.draining:
+                raise errors.Unavailable("server is draining", reason="DRAINING")
+            wire.check_envelope(request, self._limits)
+            timed = await self._engine.run(
+                lambda: self._compute(request), timeout_ns=request.timeout_ns
+            )
+            response.partials.CopyFrom(timed.value)
+            response.queue_ns, response.compute_ns = timed.queue_ns, timed.compute_ns
+            metrics.DISPATCH_QUEUE_SECONDS.labels(self._modality).observe(timed.queue_ns / 1e9)
+            metrics.DISPATCH_COMPUTE_SECONDS.labels(self._modality).observe(timed.compute_ns / 1e9)
+        except errors.ChiasmError as error:
+            self._refuse(response, error)
+        except Exception:
+            log.exception("dispatch_failed", layer=request.layer)
+            self._refuse(response, errors.Internal("internal error"))
+        return response
+
+    def _refuse(self, response: experts_pb2.DispatchResponse, error: errors.ChiasmError) -> None:
+        response.error.code, response.error.message = error.code, error.message
+        metrics.DISPATCH_FAILURES.labels(self._modality, error.reason).inc()
+
+    def _compute(self, request: experts_pb2.DispatchRequest) -> experts_pb2.Partials:
+        """Runs on the compute thread."""
+        carrier = {"traceparent": request.traceparent, "tracestate": request.tracestate}
+        with traces.remote_child(
+            f"experts {self._modality}", carrier, kind=SpanKind.SERVER
+        ) as span:
+            args = wire.decode(request, self._limits)
+            span.set_attributes(
+                {
+                    "chiasm.layer": args.layer,
+                    "chiasm.modality": self._modality,
+                    "chiasm.shards": list(args.shards),
+                    "chiasm.tokens": args.hidden.shape[0],
+                    "chiasm.attempt": request.attempt,
+                }
+            )
+            device = self._engine.bank.device
+            partials = self._engine.bank.partials(
+                args.layer,
+                args.shards,
+                args.hidden.to(device),
+                args.expert_ids.to(device),
+                args.expert_weights.to(device),
+            )
+            self._count(args)
+            return wire.encode(partials)
+
+    def _count(self, args: wire.DispatchArguments) -> None:
+        metrics.DISPATCH_TOKENS.labels(self._modality).inc(args.hidden.shape[0])
+        counts = torch.bincount(
+            args.expert_ids.flatten().long(), minlength=self._limits.text.num_experts
+        ).tolist()
+        for shard in args.shards:
+            for expert in shard_experts(
+                shard, self._limits.num_shards, self._limits.text.num_experts
+            ):
+                if counts[expert]:
+                    metrics.EXPERT_TOKENS.labels(self._modality, str(expert)).inc(counts[expert])
