@@ -1,0 +1,1 @@
+"""The control plane: membership and topology, never on the token path."""

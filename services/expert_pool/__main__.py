@@ -27,7 +27,7 @@ def build(
     bank = ExpertBank(
         config,
         modality=settings.modality,
-        num_shards=settings.shards.num_shards,
+        num_shards=settings.shard_spec.num_shards,
         dtype=getattr(torch, settings.dtype),
         device=torch.device(settings.device),
     )
@@ -51,7 +51,7 @@ def build(
     servicer = ExpertPoolServicer(engine, limits, on_change=report)
 
     async def load() -> None:
-        shards = settings.shards.shards
+        shards = settings.shard_spec.shards
         with loading(f"{bank.modality} experts", len(shards) * len(config.text.moe_layers)) as bar:
             await engine.assign(shards, epoch=0, on_layer=lambda: bar(1), on_change=report)
 

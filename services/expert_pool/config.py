@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, field_validator
 
 from chiasm.config import ServiceSettings
 from chiasm.types import Modality, ShardSpec
-
-
-def _parse_shards(value: object) -> object:
-    return ShardSpec.parse(value) if isinstance(value, str) else value
 
 
 class ExpertPoolSettings(ServiceSettings):
@@ -24,12 +20,20 @@ class ExpertPoolSettings(ServiceSettings):
     )
     device: str = Field("cpu", description="torch device of the weights.")
     modality: Modality = Field(description="Expert bank to serve: text or vision.")
-    shards: Annotated[ShardSpec, BeforeValidator(_parse_shards)] = Field(
-        description="Shards to hold, of how many: 0,1/8."
-    )
+    shards: str = Field(description="Shards to hold, of how many: 0,1/8.")
     max_dispatch_tokens: int = Field(
         4096, ge=1, description="Most tokens of one dispatch; bounds the message size."
     )
     max_queued_dispatches: int = Field(
         256, ge=1, description="Dispatches queued over all streams; one more is refused."
     )
+
+    @field_validator("shards")
+    @classmethod
+    def _check_shards(cls, value: str) -> str:
+        return str(ShardSpec.parse(value))
+
+    @property
+    def shard_spec(self) -> ShardSpec:
+        """`shards`, parsed."""
+        return ShardSpec.parse(self.shards)

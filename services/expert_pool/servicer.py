@@ -68,6 +68,7 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         try:
             while (response := await answers.get()) is not None:
                 yield response
+            await reader  # what ended the stream, if it was not its end
         finally:
             for task in (reader, *running):
                 task.cancel()

@@ -27,7 +27,9 @@ class ServiceSettings(BaseSettings):
         "127.0.0.1", description="Host under which the other services reach this one."
     )
     orchestrator: str = Field("", description="host:port of the orchestrator.")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Port of /metrics; 0 takes a free one.")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of /metrics; 0 takes a free one."
+    )
     log_level: str = Field("info", description="debug, info, warning or error.")
     grace_s: float = Field(
         10.0, gt=0, description="Seconds that work in flight may take after SIGTERM."

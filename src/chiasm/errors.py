@@ -1,4 +1,4 @@
-"""The errors services raise, independent of grpc; transport/status.py maps them to statuses and back.
+"""The errors services raise, independent of grpc; transport/status.py maps them to statuses.
 
     ChiasmError
     ├── InvalidArgument      a field of the request is wrong; retrying cannot help

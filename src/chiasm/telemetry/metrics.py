@@ -9,11 +9,137 @@ LATENCY_BUCKETS = (
     0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
 
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+    80, 160, 640, 2560,
+)  # fmt: skip
+E2E_BUCKETS = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+
 RPC_SECONDS = Histogram(
     "chiasm_rpc_duration_seconds",
     "Server-side duration of calls.",
     ["method", "outcome"],
     buckets=LATENCY_BUCKETS,
+)
+
+DISPATCH_QUEUE_SECONDS = Histogram(
+    "chiasm_dispatch_queue_seconds",
+    "Time dispatches waited in an expert server.",
+    ["modality"],
+    buckets=LATENCY_BUCKETS,
+)
+DISPATCH_COMPUTE_SECONDS = Histogram(
+    "chiasm_dispatch_compute_seconds",
+    "Time dispatches spent in the experts.",
+    ["modality"],
+    buckets=LATENCY_BUCKETS,
+)
+DISPATCH_TOKENS = Counter(
+    "chiasm_dispatch_tokens_total", "Tokens received by an expert server.", ["modality"]
+)
+EXPERT_TOKENS = Counter(
+    "chiasm_expert_tokens_total", "Tokens computed by each expert.", ["modality", "expert"]
+)
+DISPATCH_FAILURES = Counter(
+    "chiasm_dispatch_failures_total", "Dispatches answered with an error.", ["modality", "reason"]
+)
+QUEUED_DISPATCHES = Gauge(
+    "chiasm_queued_dispatches", "Dispatches queued or running in an expert server.", ["modality"]
+)
+
+
+REQUESTS_ACCEPTED = Counter(
+    "chiasm_requests_accepted_total",
+    "Generate calls received; equals finished + failed + in flight at any time.",
+)
+REQUESTS_FINISHED = Counter(
+    "chiasm_requests_finished_total", "Generate calls that ended well.", ["reason"]
+)
+REQUESTS_FAILED = Counter(
+    "chiasm_requests_failed_total", "Generate calls that ended with a typed error.", ["reason"]
+)
+REQUESTS_IN_FLIGHT = Gauge("chiasm_requests_in_flight", "Generate calls being worked on.")
+PROMPT_TOKENS = Counter(
+    "chiasm_prompt_tokens_total", "Prompt tokens of requests sent to a decoder.", ["modality"]
+)
+COMPLETION_TOKENS = Counter("chiasm_completion_tokens_total", "Tokens streamed to clients.")
+TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
+    "chiasm_time_to_first_token_seconds",
+    "From receipt of a request to its first token.",
+    buckets=TTFT_BUCKETS,
+)
+INTER_TOKEN_SECONDS = Histogram(
+    "chiasm_inter_token_seconds",
+    "Time between successive tokens of a stream.",
+    buckets=LATENCY_BUCKETS,
+)
+E2E_REQUEST_SECONDS = Histogram(
+    "chiasm_e2e_request_seconds",
+    "From receipt of a request to its end, for those that ended well.",
+    buckets=E2E_BUCKETS,
+)
+ENCODE_WAIT_SECONDS = Histogram(
+    "chiasm_encode_wait_seconds",
+    "Time requests with media waited for the vision encoder, all media together.",
+    buckets=LATENCY_BUCKETS,
+)
+
+ENCODED_PATCHES = Counter("chiasm_encoder_patches_total", "Patches encoded by the ViT.", ["kind"])
+ENCODER_QUEUE_SECONDS = Histogram(
+    "chiasm_encoder_queue_seconds",
+    "Time media items waited in a vision encoder, all stages together.",
+    ["kind"],
+    buckets=LATENCY_BUCKETS,
+)
+ENCODER_PREPROCESS_SECONDS = Histogram(
+    "chiasm_encoder_preprocess_seconds",
+    "Decoding, resizing and patching of a media item.",
+    ["kind"],
+    buckets=LATENCY_BUCKETS,
+)
+ENCODER_COMPUTE_SECONDS = Histogram(
+    "chiasm_encoder_compute_seconds",
+    "ViT and resampler of a media item.",
+    ["kind"],
+    buckets=LATENCY_BUCKETS,
+)
+EMBEDDING_CACHE_HITS = Counter(
+    "chiasm_encoder_cache_hits_total", "Encodes answered without computing, or by another's work."
+)
+EMBEDDING_CACHE_MISSES = Counter("chiasm_encoder_cache_misses_total", "Encodes that computed.")
+EMBEDDING_CACHE_BYTES = Gauge("chiasm_encoder_cache_bytes", "Embeddings held by the cache.")
+QUEUED_PATCHES = Gauge("chiasm_encoder_queued_patches", "Patches waiting or running.")
+
+EXPERT_WAIT_SECONDS = Histogram(
+    "chiasm_decoder_expert_wait_seconds",
+    "Time the engine stood waiting for one layer's answer of an expert pool.",
+    ["modality"],
+    buckets=LATENCY_BUCKETS,
+)
+STEP_SECONDS = Histogram(
+    "chiasm_decoder_step_seconds", "Duration of engine steps.", buckets=LATENCY_BUCKETS
+)
+STEP_TOKENS = Counter(
+    "chiasm_decoder_tokens_total", "Tokens computed by the engine.", ["phase", "modality"]
+)
+DECODER_QUEUE_SECONDS = Histogram(
+    "chiasm_decoder_queue_seconds",
+    "Time requests waited for admission.",
+    buckets=LATENCY_BUCKETS,
+)
+RUNNING_REQUESTS = Gauge("chiasm_decoder_running_requests", "Requests in the running batch.")
+WAITING_REQUESTS = Gauge("chiasm_decoder_waiting_requests", "Requests waiting for admission.")
+KV_TOKENS_USED = Gauge("chiasm_decoder_kv_tokens_used", "Tokens with KV cache reserved.")
+KV_TOKENS_TOTAL = Gauge("chiasm_decoder_kv_tokens", "Tokens the KV cache can hold.")
+
+
+MEMBERS = Gauge("chiasm_members", "Members in the topology.", ["role", "state"])
+TOPOLOGY_VERSION = Gauge("chiasm_topology_version", "Version of the topology.")
+POOL_SHARDS = Gauge("chiasm_pool_shards", "Shards an expert pool is cut into.", ["modality"])
+POOL_SHARDS_MISSING = Gauge(
+    "chiasm_pool_shards_missing", "Shards of an expert pool without a ready server.", ["modality"]
 )
 
 

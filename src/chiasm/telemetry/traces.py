@@ -1,20 +1,24 @@
-"""OpenTelemetry tracing: set up from the standard OTEL_* variables, W3C context over grpc metadata.
+"""OpenTelemetry tracing, set up from the standard OTEL_* variables; W3C context over grpc metadata.
 
-Without OTEL_EXPORTER_OTLP_ENDPOINT (or its _TRACES_ form) nothing is exported and spans cost next to
-nothing.
+Without OTEL_EXPORTER_OTLP_ENDPOINT (or its _TRACES_ form) nothing is exported and spans cost next
+to nothing.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.util.types import AttributeValue
 
 Metadata = tuple[tuple[str, str], ...]
+
+CLIENT, SERVER = trace.SpanKind.CLIENT, trace.SpanKind.SERVER
 
 tracer = trace.get_tracer("chiasm")
 
@@ -46,6 +50,30 @@ def inject() -> dict[str, str]:
 def extract(carrier: Mapping[str, str]) -> otel_context.Context:
     """The context that traceparent/tracestate in `carrier` stand for."""
     return propagate.extract(carrier)
+
+
+@contextmanager
+def remote_child(
+    name: str, carrier: Mapping[str, str], *, kind: trace.SpanKind
+) -> Iterator[trace.Span]:
+    """A span under the remote one in `carrier`; without one, nothing is recorded."""
+    if not carrier.get("traceparent"):
+        yield trace.INVALID_SPAN
+        return
+    with tracer.start_as_current_span(name, context=extract(carrier), kind=kind) as span:
+        yield span
+
+
+@contextmanager
+def child(
+    name: str, *, kind: trace.SpanKind, attributes: Mapping[str, AttributeValue] | None = None
+) -> Iterator[trace.Span]:
+    """A span under the current one; where nothing is recorded, it costs a look-up."""
+    if not trace.get_current_span().is_recording():
+        yield trace.INVALID_SPAN
+        return
+    with tracer.start_as_current_span(name, kind=kind, attributes=attributes) as span:
+        yield span
 
 
 def metadata(request_id: str) -> Metadata:

@@ -27,6 +27,10 @@ def options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.initial_reconnect_backoff_ms", 50),
         ("grpc.min_reconnect_backoff_ms", 50),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+        # Services talk to each other directly, whatever proxy the environment names for the web.
+        ("grpc.enable_http_proxy", 0),
+        # A new channel connects at once instead of sharing an older channel's back-off.
+        ("grpc.use_local_subchannel_pool", 1),
     ]
 
 

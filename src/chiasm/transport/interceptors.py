@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -20,12 +20,20 @@ REQUEST_ID_KEY = "x-request-id"
 _QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 log = structlog.get_logger()
 
+if TYPE_CHECKING:
+    # Generic in the published types only.
+    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+    _Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    _Interceptor = grpc.aio.ServerInterceptor
+    _Context = grpc.aio.ServicerContext
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
+
+class CallInterceptor(_Interceptor):
     """Wraps every handler of a server.
 
     Handlers are coroutines (unary answer) or async generators (streamed answer). A ChiasmError
-    becomes its status; any other exception becomes INTERNAL without its text, which goes to the log.
+    becomes its status; any other exception becomes INTERNAL without its text, which is logged.
     """
 
     async def intercept_service(
@@ -61,7 +69,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """Context of one call: entered before the handler, left after it whatever happens."""
 
-    def __init__(self, method: str, context: grpc.aio.ServicerContext) -> None:
+    def __init__(self, method: str, context: _Context) -> None:
         self.method, self.context = method, context
         self.metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
         self.start = time.monotonic()
@@ -76,9 +84,7 @@ class _Call:
     def __exit__(self, *_: object) -> None:
         otel_context.detach(self.token)
         structlog.contextvars.unbind_contextvars("request_id")
-        metrics.RPC_SECONDS.labels(self.method, self.outcome).observe(
-            time.monotonic() - self.start
-        )
+        metrics.RPC_SECONDS.labels(self.method, self.outcome).observe(time.monotonic() - self.start)
 
     async def fail(self, error: Exception) -> None:
         if not isinstance(error, errors.ChiasmError):
@@ -93,7 +99,7 @@ class _Call:
 
 
 def _wrap_unary(behavior: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def call(request: Any, context: _Context) -> Any:
         with _Call(method, context) as scope:
             try:
                 return await behavior(request, context)
@@ -109,7 +115,7 @@ def _wrap_unary(behavior: Any, method: str) -> Any:
 
 
 def _wrap_stream(behavior: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         with _Call(method, context) as scope:
             answers = behavior(request, context)
             try:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined] # public there
 from grpc_reflection.v1alpha import reflection
 
+from chiasm import errors
 from chiasm.transport import channel
 from chiasm.transport.interceptors import CallInterceptor
 
@@ -41,9 +42,17 @@ class Server:
         self.serving = False
 
     async def start(self, bind: str) -> int:
-        """Binds host:port (port 0: any free one) and starts; returns the port."""
+        """Binds host:port (port 0: any free one) and starts; returns the port.
+
+        Raises InvalidArgument when the address cannot be bound.
+        """
         await self.set_serving(False)
-        port = self.grpc.add_insecure_port(bind)
+        try:
+            port = self.grpc.add_insecure_port(bind)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise errors.InvalidArgument("bind", f"cannot listen on {bind!r}")
         await self.grpc.start()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -62,14 +71,17 @@ class Server:
     async def run_until_stopped(
         self, *, grace_s: float, on_drain: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Waits for SIGTERM or SIGINT; then NOT_SERVING, drain, and stop within `grace_s`."""
+        """Waits for SIGTERM or SIGINT; then NOT_SERVING, drain and stop, all within `grace_s`."""
         await self.stopping.wait()
         log.info("draining", grace_s=grace_s)
+        end = time.monotonic() + grace_s
         await self._health.enter_graceful_shutdown()
         if on_drain is not None:
-            with contextlib.suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(on_drain(), grace_s)
-        await self.grpc.stop(grace_s)
+            except TimeoutError:
+                log.warning("drain_incomplete")
+        await self.grpc.stop(max(0.0, end - time.monotonic()))
         log.info("stopped")
 
 

@@ -1,0 +1,102 @@
+"""The table of members and their leases: pure, with the time passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chiasm import errors
+from chiasm.membership import MemberInfo, Role, Topology
+
+TICKS_PER_LEASE = 10
+"""How often in a lease `expire` should be called."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    member: MemberInfo
+    session: int
+    deadline: float
+
+
+class Membership:
+    """Members, each kept by a session (one stream of reports) and a lease.
+
+    `topology` is a new value with the next version after every change. For one lease after the
+    start it is settling: members of an earlier life of the orchestrator are still on their way
+    back. Times are seconds of one monotonic clock.
+    """
+
+    def __init__(self, *, instance_id: str, lease_s: float, max_members: int, now: float) -> None:
+        self.topology = Topology(instance_id=instance_id, version=1, settling=True)
+        self._lease_s = lease_s
+        self._max_members = max_members
+        self._settled_at = now + lease_s
+        self._ticked = now
+        self._entries: dict[str, _Entry] = {}
+
+    def report(self, member: MemberInfo, *, session: int, now: float) -> None:
+        """Adds or updates a member and renews its lease; a newer session takes it over.
+
+        Raises ResourceExhausted when the table is full, FailedPrecondition when an expert server
+        cuts its pool into another number of shards than those that are there.
+        """
+        known = self._entries.get(member.member_id)
+        if known is None and len(self._entries) >= self._max_members:
+            raise errors.ResourceExhausted(
+                f"there are {self._max_members} members already", retry_after_s=self._lease_s
+            )
+        self._check_cut(member)
+        self._entries[member.member_id] = _Entry(member, session, now + self._lease_s)
+        if known is None or known.member != member:
+            self._publish()
+
+    def end(self, member_id: str, *, session: int) -> None:
+        """Removes a member whose session has ended, unless a newer session keeps it."""
+        entry = self._entries.get(member_id)
+        if entry is not None and entry.session == session:
+            del self._entries[member_id]
+            self._publish()
+
+    def expire(self, now: float) -> tuple[MemberInfo, ...]:
+        """Removes members whose lease has run out and ends settling; returns those removed.
+
+        Call it TICKS_PER_LEASE times in a lease. A longer gap means that the orchestrator itself
+        stood still and reports wait unread, so no lease runs on during it.
+        """
+        gap, self._ticked = now - self._ticked, now
+        if gap > self._lease_s / 2:
+            self._settled_at += gap
+            for entry in self._entries.values():
+                entry.deadline += gap
+        expired = tuple(e.member for e in self._entries.values() if e.deadline <= now)
+        for member in expired:
+            del self._entries[member.member_id]
+        if expired or (self.topology.settling and now >= self._settled_at):
+            self._publish(settling=now < self._settled_at)
+        return expired
+
+    def _check_cut(self, member: MemberInfo) -> None:
+        if member.role is not Role.EXPERT_POOL:
+            return
+        others = [e.member for e in self._entries.values() if e.member.role is Role.EXPERT_POOL]
+        for index, held in enumerate(member.shard_sets):
+            for other in others:
+                theirs = other.shard_set(held.modality)
+                if (
+                    other.member_id != member.member_id
+                    and theirs is not None
+                    and theirs.num_shards != held.num_shards
+                ):
+                    raise errors.FailedPrecondition(
+                        f"the {held.modality} pool is cut into {theirs.num_shards} shards, "
+                        f"not {held.num_shards}",
+                        field=f"shard_sets[{index}].num_shards",
+                    )
+
+    def _publish(self, *, settling: bool | None = None) -> None:
+        self.topology = Topology(
+            instance_id=self.topology.instance_id,
+            version=self.topology.version + 1,
+            settling=self.topology.settling if settling is None else settling,
+            members=tuple(self._entries[key].member for key in sorted(self._entries)),
+        )

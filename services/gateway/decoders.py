@@ -1,0 +1,129 @@
+"""A laid-out prompt to tokens: which decoder takes it, and what to do when that one is away."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator
+
+import grpc
+import structlog
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind
+
+from chiasm import errors
+from chiasm.membership import MemberInfo
+from chiasm.services.gateway.channels import Channels
+from chiasm.services.gateway.deadline import Deadline
+from chiasm.services.gateway.members import MemberSearch, may_try_another, peer_error
+from chiasm.telemetry import traces
+from chiasm.transport.membership import TopologyWatcher
+from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
+
+EVICTED = "EMBEDDING_EVICTED"
+"""Reason of NOT_FOUND when an encoder no longer holds the embeddings of a request."""
+
+log = structlog.get_logger()
+
+
+class Decoders:
+    """The decoders as one. A request goes to the one that has fewest of this gateway's."""
+
+    def __init__(
+        self,
+        topology: TopologyWatcher,
+        channels: Channels,
+        *,
+        park_timeout_s: float,
+        retry_after_s: float,
+    ) -> None:
+        self._topology, self._channels = topology, channels
+        self._park_timeout_s, self._retry_after_s = park_timeout_s, retry_after_s
+        self._in_flight: Counter[str] = Counter()
+
+    async def decode(
+        self,
+        request: decoder_pb2.DecodeRequest,
+        *,
+        deadline: Deadline,
+        context: otel_context.Context,
+    ) -> AsyncGenerator[decoder_pb2.DecodeEvent, None]:
+        """Streams the events of one generation; its spans are children of `context`.
+
+        Until the first event a decoder that fails is replaced by another one. Raises NotFound with
+        reason EMBEDDING_EVICTED, Unavailable, DeadlineExceeded, or what the decoder refused with.
+        """
+        search = MemberSearch(
+            self._topology,
+            lambda topology: topology.decoders(),
+            unavailable=errors.Unavailable(
+                "no decoder is available",
+                reason="DECODER_UNAVAILABLE",
+                retry_after_s=self._retry_after_s,
+            ),
+            park_timeout_s=self._park_timeout_s,
+            deadline=deadline,
+        )
+        while True:
+            decoder = self._least_busy(await search.candidates())
+            has_output = False
+            events = self._try(decoder, request, deadline=deadline, context=context)
+            try:
+                async for event in events:
+                    has_output = True
+                    yield event
+                return
+            except errors.ChiasmError as error:
+                if has_output and isinstance(error, errors.Unavailable | errors.NotFound):
+                    raise self._lost(error) from None
+                if not may_try_another(error):
+                    raise
+                log.warning("decoder_away", decoder=decoder.address, error=error.message[:256])
+                search.failed(decoder, error)
+            finally:
+                await events.aclose()
+
+    def _least_busy(self, decoders: list[MemberInfo]) -> MemberInfo:
+        return min(decoders, key=lambda decoder: self._in_flight[decoder.address])
+
+    def _lost(self, error: errors.ChiasmError) -> errors.Unavailable:
+        return errors.Unavailable(
+            f"the decoder was lost while it answered: {error.message}",
+            reason="DECODER_LOST",
+            retry_after_s=self._retry_after_s,
+        )
+
+    async def _try(
+        self,
+        decoder: MemberInfo,
+        request: decoder_pb2.DecodeRequest,
+        *,
+        deadline: Deadline,
+        context: otel_context.Context,
+    ) -> AsyncGenerator[decoder_pb2.DecodeEvent, None]:
+        timeout_s = deadline.remaining_s()
+        span = traces.tracer.start_span(
+            "decode",
+            context=context,
+            kind=SpanKind.CLIENT,
+            attributes={"server.address": decoder.address},
+        )
+        with trace.use_span(span):
+            metadata = traces.metadata(request.request_id)
+        stub = decoder_pb2_grpc.DecoderStub(self._channels.get(decoder.address))
+        call = stub.Decode(request, timeout=timeout_s, metadata=metadata)
+        self._in_flight[decoder.address] += 1
+        try:
+            async for event in call:
+                yield event
+        except grpc.RpcError as failure:
+            error = peer_error(failure)
+            span.set_attribute("error.type", error.reason)
+            span.set_status(trace.StatusCode.ERROR, error.message)
+            raise error from None
+        finally:
+            call.cancel()
+            span.end()
+            self._in_flight[decoder.address] -= 1
+            if not self._in_flight[decoder.address]:
+                del self._in_flight[decoder.address]

@@ -1,0 +1,138 @@
+"""The gateway's values: a validated request and what the services answer about its media."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chiasm.types import Grid, MediaKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaSource:
+    """A media item as the request carries it: the file, or a `data:` URI when `uri` is not empty.
+
+    `field` is its path in the request, as `chat.messages[0].parts[1].image`.
+    """
+
+    kind: MediaKind
+    field: str
+    data: bytes = b""
+    uri: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaItem:
+    """A file whose header was looked at. `digest` is that of EncodeHeader.digest."""
+
+    kind: MediaKind
+    field: str
+    data: bytes
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """Where the embeddings of an item are and how many there are."""
+
+    digest: str
+    kind: MediaKind
+    grid: Grid
+    num_tokens: int
+    encoder_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A text part of a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    parts: tuple[Text | MediaSource, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """A chat to be rendered with the model's template."""
+
+    messages: tuple[Message, ...]
+    enable_thinking: bool
+
+    @property
+    def field(self) -> str:
+        """Path of the prompt in the request."""
+        return "chat.messages"
+
+    @property
+    def media(self) -> tuple[MediaSource, ...]:
+        """All media, in prompt order."""
+        return tuple(p for m in self.messages for p in m.parts if isinstance(p, MediaSource))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIds:
+    """A prompt that came tokenised."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[MediaSource, ...]
+    videos: tuple[MediaSource, ...]
+
+    @property
+    def field(self) -> str:
+        """Path of the prompt in the request."""
+        return "tokens.token_ids"
+
+    @property
+    def media(self) -> tuple[MediaSource, ...]:
+        """Images, then videos."""
+        return self.images + self.videos
+
+
+PromptInput = Conversation | TokenIds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. `max_tokens` 0: as many as fit; `seed` None: the decoder's choice."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A valid GenerateRequest."""
+
+    request_id: str
+    prompt: PromptInput
+    sampling: Sampling
+    prompt_token_ids: bool
+    prompt_logits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Prompt tokens by modality; delimiters of media count as text."""
+
+    text: int
+    image: int
+    video: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.text + self.image + self.video
+
+    @property
+    def by_modality(self) -> dict[str, int]:
+        """Counts by the names telemetry uses."""
+        return {"text": self.text, "image": self.image, "video": self.video}

@@ -1,0 +1,90 @@
+"""The search for a member that takes a piece of work, bounded by the time of parking."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import grpc
+
+from chiasm import errors
+from chiasm.membership import MemberInfo, Topology
+from chiasm.services.gateway.deadline import Deadline
+from chiasm.transport import status
+from chiasm.transport.membership import TopologyWatcher
+
+_RETRY_PAUSE_S = 0.2
+
+
+def peer_error(error: grpc.RpcError) -> errors.ChiasmError:
+    """The error of a call to a member. A member that cancels our call is shutting down."""
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return errors.Unavailable(error.details() or "the member ended the call")
+    return status.from_rpc_error(error)
+
+
+def may_try_another(error: errors.ChiasmError) -> bool:
+    """Whether the same call may go well elsewhere, or here a little later."""
+    if isinstance(error, errors.ResourceExhausted):
+        return error.retry_after_s is not None
+    return isinstance(error, errors.Unavailable)
+
+
+class MemberSearch:
+    """One request's search.
+
+    `candidates` gives the ready members that have not failed yet. When there are none it waits: for
+    one to become ready, or a moment before the failed ones are tried again, as none is given up for
+    good. The time of parking starts with the first wait.
+    """
+
+    def __init__(
+        self,
+        topology: TopologyWatcher,
+        ready: Callable[[Topology], tuple[MemberInfo, ...]],
+        *,
+        unavailable: errors.Unavailable,
+        park_timeout_s: float,
+        deadline: Deadline,
+    ) -> None:
+        self._topology, self._ready = topology, ready
+        self._error: errors.ChiasmError = unavailable
+        self._park_timeout_s, self._deadline = park_timeout_s, deadline
+        self._park: Deadline | None = None
+        self._failed: set[str] = set()
+
+    async def candidates(self) -> list[MemberInfo]:
+        """At least one member.
+
+        Raises `unavailable`, or the last refusal that gave a reason, when the request was parked
+        too long; DeadlineExceeded when its deadline is over.
+        """
+        while True:
+            ready = self._ready(self._topology.current)
+            fresh = [member for member in ready if member.address not in self._failed]
+            if fresh:
+                return fresh
+            await self._wait(has_ready=bool(ready))
+
+    def failed(self, member: MemberInfo, error: errors.ChiasmError) -> None:
+        """Takes a member out until all have been tried."""
+        self._failed.add(member.address)
+        if error.reason != errors.Unavailable.default_reason:
+            error.retry_after_s = error.retry_after_s or self._error.retry_after_s
+            self._error = error
+
+    async def _wait(self, *, has_ready: bool) -> None:
+        self._park = self._park or self._deadline.sooner(self._park_timeout_s)
+        left_s = self._park.left_s()
+        if left_s <= 0:
+            self._deadline.remaining_s()
+            raise self._error
+        if has_ready:
+            await asyncio.sleep(min(_RETRY_PAUSE_S, left_s))
+            self._failed.clear()
+            return
+        with contextlib.suppress(errors.Unavailable):
+            await self._topology.wait_for(
+                lambda topology: bool(self._ready(topology)), timeout_s=left_s, what="the member"
+            )

@@ -1,0 +1,124 @@
+"""What is recorded of one Generate call: its line in the ledger, its latencies and its span.
+
+The ledger balances: accepted = finished + failed + in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import TracebackType
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind
+
+from chiasm import errors
+from chiasm.services.gateway.deadline import Deadline
+from chiasm.services.gateway.domain import Generation, Usage
+from chiasm.telemetry import metrics, traces
+
+_CLOCK_SLACK_S = 0.05
+_INT64_MAX = 2**63 - 1
+
+
+class Observation:
+    """Entered when a call arrives, left when it ends; `context` is the parent of its spans."""
+
+    def __init__(self, *, operation: str, model: str, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self.start_ns = time.monotonic_ns()
+        self._span = traces.tracer.start_span(
+            f"{operation} {model}",
+            kind=SpanKind.SERVER,
+            attributes={
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "chiasm",
+                "gen_ai.request.model": model,
+            },
+        )
+        self.context: otel_context.Context = trace.set_span_in_context(self._span)
+        self._last_token_s = 0.0
+        self._finish_reason = ""
+
+    def __enter__(self) -> Observation:
+        metrics.REQUESTS_ACCEPTED.inc()
+        metrics.REQUESTS_IN_FLIGHT.inc()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        metrics.REQUESTS_IN_FLIGHT.dec()
+        if self._finish_reason:
+            metrics.REQUESTS_FINISHED.labels(self._finish_reason).inc()
+            metrics.E2E_REQUEST_SECONDS.observe(self.elapsed_ns() / 1e9)
+        else:
+            reason = self._failure(error)
+            metrics.REQUESTS_FAILED.labels(reason).inc()
+            self._span.set_attribute("error.type", reason)
+            self._span.set_status(trace.StatusCode.ERROR, str(error)[:256])
+        self._span.end()
+
+    def elapsed_ns(self) -> int:
+        """Nanoseconds since the call arrived."""
+        return time.monotonic_ns() - self.start_ns
+
+    def validated(self, generation: Generation) -> None:
+        """Records what was asked for."""
+        sampling = generation.sampling
+        self._span.set_attributes(
+            {
+                "gen_ai.response.id": generation.request_id,
+                "gen_ai.request.max_tokens": sampling.max_tokens,
+                "gen_ai.request.temperature": sampling.temperature,
+                "gen_ai.request.top_p": sampling.top_p,
+                "gen_ai.request.top_k": sampling.top_k,
+            }
+        )
+        if sampling.seed is not None and sampling.seed <= _INT64_MAX:
+            self._span.set_attribute("gen_ai.request.seed", sampling.seed)
+
+    def laid_out(self, usage: Usage) -> None:
+        """Records the prompt's tokens."""
+        for modality, num_tokens in usage.by_modality.items():
+            metrics.PROMPT_TOKENS.labels(modality).inc(num_tokens)
+            self._span.set_attribute(f"gen_ai.usage.{modality}.input_tokens", num_tokens)
+        self._span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_tokens)
+
+    def encoded(self, encode_ns: int) -> None:
+        """Records the wait for the vision encoder."""
+        metrics.ENCODE_WAIT_SECONDS.observe(encode_ns / 1e9)
+
+    def generated(self, num_tokens: int) -> None:
+        """Records tokens that are about to be streamed."""
+        now_s = time.monotonic()
+        if not self._last_token_s:
+            metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(self.elapsed_ns() / 1e9)
+        else:
+            for _ in range(num_tokens):
+                metrics.INTER_TOKEN_SECONDS.observe((now_s - self._last_token_s) / num_tokens)
+        self._last_token_s = now_s
+        metrics.COMPLETION_TOKENS.inc(num_tokens)
+
+    def finished(self, reason: str, num_tokens: int) -> None:
+        """Records that the call ended well; what happens to the last message no longer counts."""
+        self._finish_reason = reason
+        self._span.set_attributes(
+            {
+                "gen_ai.response.finish_reasons": [reason],
+                "gen_ai.usage.output_tokens": num_tokens,
+            }
+        )
+
+    def _failure(self, error: BaseException | None) -> str:
+        if isinstance(error, errors.ChiasmError):
+            return error.reason
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            # grpc cancels a call whose deadline is over just as one that the client gave up.
+            is_late = self._deadline.left_s() < _CLOCK_SLACK_S
+            return errors.DeadlineExceeded.default_reason if is_late else "CANCELLED"
+        return errors.Internal.default_reason

@@ -1,0 +1,131 @@
+"""Inference over gRPC: decode, call, encode."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+
+import grpc
+import structlog
+from opentelemetry import context as otel_context
+
+from chiasm import errors
+from chiasm.services.gateway.config import GatewaySettings
+from chiasm.services.gateway.deadline import Deadline
+from chiasm.services.gateway.engine import Engine
+from chiasm.services.gateway.generation import usage_message
+from chiasm.services.gateway.observation import Observation
+from chiasm.services.gateway.validate import request_id
+from chiasm.v1 import inference_pb2, inference_pb2_grpc
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Answers UNAVAILABLE until `engine` is set. Counts what is in flight, and refuses beyond."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self.engine: Engine | None = None
+        self._ids: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        deadline = self._deadline(context)
+        operation = "text_completion" if request.WhichOneof("input") == "tokens" else "chat"
+        with Observation(
+            operation=operation, model=self._settings.served_name, deadline=deadline
+        ) as observation:
+            engine = self._loaded()
+            generation = engine.validator.generation(request)
+            observation.validated(generation)
+            with self._slot(generation.request_id):
+                async with _bounded(deadline):
+                    responses = engine.generator.run(generation, observation, deadline)
+                    async with contextlib.aclosing(responses):
+                        async for response in responses:
+                            yield response
+
+    async def CountTokens(
+        self, request: inference_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.CountTokensResponse:
+        engine, deadline = self._loaded(), self._deadline(context)
+        prompt = engine.validator.count(request)
+        call_id = request_id("")
+        with self._slot(call_id):
+            async with _bounded(deadline):
+                laid_out = await engine.prompts.build(
+                    prompt,
+                    request_id=call_id,
+                    deadline=deadline,
+                    context=otel_context.get_current(),
+                )
+        return inference_pb2.CountTokensResponse(
+            usage=usage_message(laid_out.usage, completion_tokens=0)
+        )
+
+    async def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.GetModelResponse:
+        config, settings = self._loaded().config, self._settings
+        return inference_pb2.GetModelResponse(
+            name=settings.served_name,
+            max_context_tokens=config.text.max_position_embeddings,
+            vocab_size=config.text.vocab_size,
+            max_media_items=settings.max_media_items,
+            max_media_bytes=settings.max_media_bytes,
+            max_image_pixels=settings.max_image_pixels,
+            dtype=settings.dtype,
+        )
+
+    async def wait_idle(self) -> None:
+        """Returns once nothing is in flight."""
+        await self._idle.wait()
+
+    def _loaded(self) -> Engine:
+        if self.engine is None:
+            raise errors.Unavailable(
+                "the model is being loaded", retry_after_s=self._settings.retry_after_s
+            )
+        return self.engine
+
+    def _deadline(self, context: grpc.aio.ServicerContext) -> Deadline:
+        remaining_s = context.time_remaining()
+        return Deadline.after(
+            self._settings.default_timeout_s if remaining_s is None else remaining_s
+        )
+
+    @contextlib.contextmanager
+    def _slot(self, call_id: str) -> Iterator[None]:
+        """A place among the calls in flight, under an id that no other one has."""
+        if call_id in self._ids:
+            raise errors.AlreadyExists(
+                f"request {call_id} is in flight", reason="REQUEST_IN_FLIGHT", field="request_id"
+            )
+        if len(self._ids) >= self._settings.max_in_flight:
+            raise errors.ResourceExhausted(
+                f"{len(self._ids)} requests are in flight",
+                reason="GATEWAY_FULL",
+                retry_after_s=self._settings.retry_after_s,
+            )
+        self._ids.add(call_id)
+        self._idle.clear()
+        structlog.contextvars.bind_contextvars(request_id=call_id)
+        try:
+            yield
+        finally:
+            self._ids.discard(call_id)
+            if not self._ids:
+                self._idle.set()
+
+
+@contextlib.asynccontextmanager
+async def _bounded(deadline: Deadline) -> AsyncIterator[None]:
+    """Cuts the block off at the deadline. Raises DeadlineExceeded then."""
+    try:
+        async with asyncio.timeout(deadline.remaining_s()):
+            yield
+    except TimeoutError:
+        raise errors.DeadlineExceeded("the request's deadline has passed") from None

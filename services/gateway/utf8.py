@@ -1,0 +1,148 @@
+"""Requests that are no valid messages end with INVALID_ARGUMENT, and the bad field is named.
+
+protobuf refuses to parse a message whose `string` field is not UTF-8 and does not say which field
+it was; grpc would turn that into INTERNAL. So a message that fails to parse is parsed again with a
+twin of its type in which every `string` is `bytes`, and the twin is searched for the culprit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+from google.protobuf import descriptor_pb2, message_factory
+from google.protobuf.descriptor import (
+    Descriptor,
+    FieldDescriptor,
+    FileDescriptor,
+    MethodDescriptor,
+    ServiceDescriptor,
+)
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError, Message
+
+from chiasm import errors
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Stands in for a request that could not be parsed, until a handler may raise."""
+
+    error: errors.InvalidArgument
+
+
+def deserializer(cls: type[Message]) -> Callable[[bytes], Message | Malformed]:
+    """A request deserializer that never raises."""
+
+    def parse(data: bytes) -> Message | Malformed:
+        try:
+            return cls.FromString(data)
+        except DecodeError:
+            return Malformed(explain(cls, data))
+
+    return parse
+
+
+def explain(cls: type[Message], data: bytes) -> errors.InvalidArgument:
+    """Why `data` is no message of `cls`, with the path of the first string that is not UTF-8."""
+    original = cast(Descriptor, cls.DESCRIPTOR)
+    twin = _twin(original)
+    try:
+        message = twin.FromString(data)
+    except DecodeError:
+        return errors.InvalidArgument("", f"the request is not a {original.full_name} message")
+    path = next(_invalid_strings(message, original, ""), "")
+    return errors.InvalidArgument(path, "the text is not valid UTF-8")
+
+
+def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+    """The generated handlers of a service without client streams, but with `deserializer`."""
+    methods = {method.name: _handler(method, servicer) for method in service.methods}
+    return grpc.method_handlers_generic_handler(service.full_name, methods)
+
+
+def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler:
+    behavior: Any = getattr(servicer, method.name)
+    answer_cls = message_factory.GetMessageClass(method.output_type)
+
+    async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        return await behavior(_checked(request), context)
+
+    async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        answers = behavior(_checked(request), context)
+        try:
+            async for answer in answers:
+                yield answer
+        finally:
+            await answers.aclose()
+
+    make = (
+        grpc.unary_stream_rpc_method_handler
+        if method.server_streaming
+        else grpc.unary_unary_rpc_method_handler
+    )
+    return make(
+        stream if method.server_streaming else unary,
+        request_deserializer=deserializer(message_factory.GetMessageClass(method.input_type)),
+        response_serializer=answer_cls.SerializeToString,
+    )
+
+
+def _checked(request: Message | Malformed) -> Message:
+    if isinstance(request, Malformed):
+        raise request.error
+    return request
+
+
+@functools.cache
+def _twin(original: Descriptor) -> type[Message]:
+    pool = DescriptorPool()
+    _add_twin(pool, original.file, set())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(original.full_name))
+
+
+def _add_twin(pool: DescriptorPool, file: FileDescriptor, added: set[str]) -> None:
+    if file.name in added:
+        return
+    added.add(file.name)
+    for dependency in file.dependencies:
+        _add_twin(pool, dependency, added)
+    proto = descriptor_pb2.FileDescriptorProto()
+    file.CopyToProto(proto)
+    del proto.service[:]
+    pending = list(proto.message_type)
+    while pending:
+        message = pending.pop()
+        pending.extend(message.nested_type)
+        for field in message.field:
+            if field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING:
+                field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+    pool.Add(proto)
+
+
+def _invalid_strings(twin: Message, original: Descriptor, prefix: str) -> Iterator[str]:
+    """Paths of strings of `original` whose bytes in `twin` are not UTF-8, in field order."""
+    for field, value in twin.ListFields():
+        of_original = original.fields_by_name[field.name]
+        is_repeated = not isinstance(value, (bytes, Message)) and hasattr(value, "__len__")
+        entries = (
+            [(f"{prefix}{field.name}[{i}]", entry) for i, entry in enumerate(value)]
+            if is_repeated
+            else [(f"{prefix}{field.name}", value)]
+        )
+        if of_original.type == FieldDescriptor.TYPE_STRING:
+            yield from (path for path, entry in entries if not _is_utf8(entry))
+        elif of_original.message_type is not None:
+            for path, entry in entries:
+                yield from _invalid_strings(entry, of_original.message_type, f"{path}.")
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

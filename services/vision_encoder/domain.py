@@ -1,0 +1,57 @@
+"""What passes between the servicer, the engine and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from chiasm.model.patches import Patches
+from chiasm.types import Grid, MediaKind
+
+
+class MediaModel(Protocol):
+    """What the engine runs. `plan`, `preprocess` and `embed` are called on threads."""
+
+    def plan(self, data: bytes, kind: MediaKind) -> Grid:
+        """The grid from the header alone: exact, or the largest possible where it does not tell.
+
+        Raises InvalidArgument.
+        """
+        ...
+
+    def embedding_bytes(self, grid: Grid) -> int:
+        """Size of an item's embeddings."""
+        ...
+
+    def preprocess(self, data: bytes, kind: MediaKind) -> Patches:
+        """Decodes, resizes and patches. Raises InvalidArgument."""
+        ...
+
+    def embed(self, patches: Patches) -> torch.Tensor:
+        """Embeddings [tokens, hidden] on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """An item whose embeddings are in the cache, and where its time went."""
+
+    digest: str
+    grid: Grid
+    num_tokens: int
+    cached: bool = False
+    queue_ns: int = 0
+    preprocess_ns: int = 0
+    compute_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Work of an encoder."""
+
+    queued_items: int
+    queued_patches: int
+    encoded_patches: int
+    cache_bytes: int

@@ -1,0 +1,114 @@
+"""VisionEncoder over gRPC: decode, call the engine, encode."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from chiasm import errors
+from chiasm.services.vision_encoder.domain import Encoded
+from chiasm.services.vision_encoder.engine import EncoderEngine
+from chiasm.services.vision_encoder.upload import Header, Uploads, next_part, receive
+from chiasm.telemetry import traces
+from chiasm.transport import tensors
+from chiasm.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""Bound of one message: a chunk of an upload, or a chunk of embeddings."""
+
+FETCH_CHUNK_BYTES = 1 << 20
+"""Embeddings travel in chunks of as many rows as fit this; one row always does."""
+
+
+class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
+    """Answers UNAVAILABLE until `engine` is set."""
+
+    def __init__(self, uploads: Uploads) -> None:
+        self._uploads = uploads
+        self._is_draining = False
+        self.engine: EncoderEngine | None = None
+
+    async def Encode(
+        self,
+        requests: AsyncIterator[encoder_pb2.EncodeRequest],
+        context: Context,
+    ) -> encoder_pb2.EncodeResult:
+        engine = self._loaded()
+        if self._is_draining:
+            raise errors.Unavailable("server is draining", reason="DRAINING")
+        parts = aiter(requests)
+        header = self._uploads.header(await next_part(parts))
+        with traces.tracer.start_as_current_span("encoder.encode") as span:
+            span.set_attributes({"digest": header.digest, "kind": header.kind})
+            encoded = await engine.find(header.digest)
+            if encoded is None:
+                encoded = await self._upload(engine, header, parts)
+            span.set_attributes({"patches": encoded.grid.num_patches, "cached": encoded.cached})
+        return _to_wire(encoded)
+
+    async def Fetch(
+        self, request: encoder_pb2.FetchRequest, context: Context
+    ) -> AsyncIterator[tensor_pb2.TensorChunk]:
+        embeddings = self._loaded().embeddings(request.digest)
+        num_rows = len(embeddings)
+        step = max(FETCH_CHUNK_BYTES // (embeddings.nbytes // num_rows), 1)
+        for start in range(0, num_rows, step):
+            yield tensor_pb2.TensorChunk(
+                row_offset=start,
+                total_rows=num_rows,
+                rows=tensors.to_wire(embeddings[start : start + step]),
+            )
+
+    async def GetLoad(
+        self, request: encoder_pb2.GetEncoderLoadRequest, context: Context
+    ) -> encoder_pb2.EncoderLoad:
+        load = self._loaded().load()
+        return encoder_pb2.EncoderLoad(
+            queued_items=load.queued_items,
+            queued_patches=load.queued_patches,
+            encoded_patches=load.encoded_patches,
+            cache_bytes=load.cache_bytes,
+        )
+
+    async def drain(self) -> None:
+        """Refuses new items and waits for those under way; embeddings may still be fetched."""
+        self._is_draining = True
+        if self.engine is not None:
+            await self.engine.wait_idle()
+
+    async def close(self) -> None:
+        """Ends the engine."""
+        if self.engine is not None:
+            await self.engine.close()
+
+    def _loaded(self) -> EncoderEngine:
+        if self.engine is None:
+            raise errors.Unavailable("the model is being loaded", retry_after_s=1.0)
+        return self.engine
+
+    async def _upload(
+        self,
+        engine: EncoderEngine,
+        header: Header,
+        parts: AsyncIterator[encoder_pb2.EncodeRequest],
+    ) -> Encoded:
+        with self._uploads.reserve(header.size_bytes):
+            data = await receive(header, parts)
+            return await engine.encode(header.digest, header.kind, data)
+
+
+def _to_wire(encoded: Encoded) -> encoder_pb2.EncodeResult:
+    grid = encoded.grid
+    return encoder_pb2.EncodeResult(
+        digest=encoded.digest,
+        grid=common_pb2.GridThw(t=grid.t, h=grid.h, w=grid.w),
+        num_tokens=encoded.num_tokens,
+        cached=encoded.cached,
+        queue_ns=encoded.queue_ns,
+        preprocess_ns=encoded.preprocess_ns,
+        compute_ns=encoded.compute_ns,
+    )

@@ -1,0 +1,107 @@
+"""Receives a file in chunks, bounded before memory is taken and checked against its header."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from chiasm import errors
+from chiasm.types import MediaKind
+from chiasm.v1 import common_pb2, encoder_pb2
+
+CHUNK_TIMEOUT_S = 30.0
+"""An upload that brings nothing for this long is given up."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_KINDS = {
+    common_pb2.MEDIA_KIND_IMAGE: MediaKind.IMAGE,
+    common_pb2.MEDIA_KIND_VIDEO: MediaKind.VIDEO,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What an upload announces."""
+
+    digest: str
+    kind: MediaKind
+    size_bytes: int
+
+
+async def next_part(
+    requests: AsyncIterator[encoder_pb2.EncodeRequest],
+) -> encoder_pb2.EncodeRequest | None:
+    """The next message, None after the last. Raises DeadlineExceeded when none comes in time."""
+    try:
+        return await asyncio.wait_for(anext(requests, None), CHUNK_TIMEOUT_S)
+    except TimeoutError:
+        raise errors.DeadlineExceeded(
+            f"no part of the upload for {CHUNK_TIMEOUT_S:.0f} s", reason="UPLOAD_STALLED"
+        ) from None
+
+
+class Uploads:
+    """Uploads in progress and files waiting for their turn share one budget of bytes."""
+
+    def __init__(self, *, max_media_bytes: int, max_upload_bytes: int) -> None:
+        self._max_media_bytes = max_media_bytes
+        self._max_upload_bytes = max(max_upload_bytes, max_media_bytes)
+        self._held_bytes = 0
+
+    def header(self, first: encoder_pb2.EncodeRequest | None) -> Header:
+        """The checked header. Raises InvalidArgument that names the wrong field."""
+        if first is None or first.WhichOneof("part") != "header":
+            raise errors.InvalidArgument("header", "must come first")
+        wire = first.header
+        if not _DIGEST.fullmatch(wire.digest):
+            raise errors.InvalidArgument("header.digest", "must be 64 lower-case hex digits")
+        if wire.kind not in _KINDS:
+            raise errors.InvalidArgument("header.kind", f"unknown kind {wire.kind}")
+        if not 0 < wire.size_bytes <= self._max_media_bytes:
+            raise errors.InvalidArgument(
+                "header.size_bytes", f"must lie in 1..{self._max_media_bytes}, is {wire.size_bytes}"
+            )
+        return Header(digest=wire.digest, kind=_KINDS[wire.kind], size_bytes=wire.size_bytes)
+
+    @contextmanager
+    def reserve(self, num_bytes: int) -> Iterator[None]:
+        """Holds room for a file. Raises ResourceExhausted when there is none."""
+        if self._held_bytes + num_bytes > self._max_upload_bytes:
+            raise errors.ResourceExhausted(
+                f"{self._held_bytes} bytes of uploads are held, limit {self._max_upload_bytes}",
+                retry_after_s=1.0,
+            )
+        self._held_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._held_bytes -= num_bytes
+
+
+async def receive(header: Header, requests: AsyncIterator[encoder_pb2.EncodeRequest]) -> bytes:
+    """The file that follows its header.
+
+    Raises InvalidArgument when it is shorter or longer than announced or its digest differs.
+    """
+    digest = hashlib.sha256(f"{header.kind}\0".encode())
+    data = bytearray()
+    while (part := await next_part(requests)) is not None:
+        if part.WhichOneof("part") != "chunk":
+            raise errors.InvalidArgument("chunk", "only chunks may follow the header")
+        if len(data) + len(part.chunk) > header.size_bytes:
+            raise errors.InvalidArgument(
+                "chunk", f"more than the {header.size_bytes} bytes announced"
+            )
+        data += part.chunk
+        digest.update(part.chunk)
+    if len(data) < header.size_bytes:
+        raise errors.InvalidArgument(
+            "chunk", f"upload ended after {len(data)} of {header.size_bytes} bytes"
+        )
+    if digest.hexdigest() != header.digest:
+        raise errors.InvalidArgument("header.digest", "differs from the digest of the bytes")
+    return bytes(data)

@@ -1,0 +1,48 @@
+"""How `chiasm status` finds what `chiasm up` started: a small file in the user's runtime folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _path() -> Path:
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) if runtime else Path(tempfile.gettempdir()) / f"user-{os.getuid()}"
+    return folder / "chiasm" / "up.json"
+
+
+@contextlib.contextmanager
+def published(orchestrator: str) -> Iterator[None]:
+    """Names this process's orchestrator to `status` for the time of the block.
+
+    Of several systems of one user the last one started is found. Without a runtime folder nothing
+    is published: `status --endpoint` still works.
+    """
+    path, entry = _path(), json.dumps({"pid": os.getpid(), "orchestrator": orchestrator})
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.write_text(entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if path.read_text() == entry:
+                path.unlink()
+
+
+def find() -> str | None:
+    """The orchestrator of the running system, if there is one."""
+    path = _path()
+    try:
+        if path.stat().st_uid != os.getuid():
+            return None  # planted by someone else in a shared temporary folder
+        entry = json.loads(path.read_text())
+        os.kill(entry["pid"], 0)
+        return str(entry["orchestrator"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

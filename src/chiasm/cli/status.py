@@ -1,0 +1,109 @@
+"""`chiasm status`: who is in the system, once or live."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from chiasm import errors
+from chiasm.cli import failures, running
+from chiasm.membership import MemberInfo, Topology
+from chiasm.transport.membership import TopologyWatcher
+from chiasm.types import Modality, ShardSpec
+
+CONNECT_TIMEOUT_S = 5.0
+REFRESH_S = 0.5
+
+
+def status(
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            envvar="CHIASM_ORCHESTRATOR",
+            metavar="HOST:PORT",
+            help="Address of the orchestrator; unset: that of the running `chiasm up`.",
+        ),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow changes until Ctrl-C.")] = False,
+) -> None:
+    """Shows the members of a running system: role, address, state, shards, metrics."""
+    with failures.reported():
+        address = endpoint or running.find()
+        if not address:
+            raise errors.Unavailable("no running `chiasm up` found; name one with --endpoint")
+        try:
+            asyncio.run(_status(address, as_json=as_json, watch=watch))
+        except KeyboardInterrupt:
+            raise typer.Exit from None
+
+
+async def _status(address: str, *, as_json: bool, watch: bool) -> None:
+    watcher = TopologyWatcher(address)
+    watcher.start()
+    try:
+        topology = await watcher.wait_for(
+            lambda t: bool(t.instance_id),
+            timeout_s=CONNECT_TIMEOUT_S,
+            what=f"the orchestrator at {address}",
+        )
+        if watch:
+            await _follow(watcher, as_json=as_json)
+        elif as_json:
+            _write_json(topology)
+        else:
+            Console().print(table(topology))
+    finally:
+        await watcher.close()
+
+
+async def _follow(watcher: TopologyWatcher, *, as_json: bool) -> None:
+    """Runs until interrupted: a table that changes in place, or a JSON object for every change."""
+    if as_json:
+        _write_json(watcher.current)
+        watcher.subscribe(_write_json)
+        await asyncio.Event().wait()
+    with Live(table(watcher.current), console=Console(), auto_refresh=False) as live:
+        while True:
+            live.update(table(watcher.current), refresh=True)
+            await asyncio.sleep(REFRESH_S)
+
+
+def table(topology: Topology) -> Table:
+    """The members, one a row."""
+    state = "settling" if topology.settling else "complete" if topology.is_complete() else "partial"
+    caption = f"version {topology.version}, {state}"
+    missing = ", ".join(f"{m} {s}" for m in Modality for s in topology.missing(m))
+    if missing:
+        caption += f"; no server for {missing}"
+    headers = ("role", "address", "state", "shards", "metrics")
+    view = Table(*headers, caption=caption, caption_justify="left")
+    colours = {"ready": "green", "loading": "yellow", "draining": "red"}
+    for member in sorted(topology.members, key=lambda m: (m.role, m.address)):
+        view.add_row(
+            member.role,
+            member.address,
+            f"[{colours[member.state]}]{member.state}[/]",
+            _shards(member),
+            member.metrics_address,
+        )
+    return view
+
+
+def _shards(member: MemberInfo) -> str:
+    held = [s for s in member.shard_sets if s.shards]
+    return " ".join(f"{s.modality} {ShardSpec(s.shards, s.num_shards)}" for s in held)
+
+
+def _write_json(topology: Topology) -> None:
+    view = dataclasses.asdict(topology) | {"complete": topology.is_complete()}
+    sys.stdout.write(json.dumps(view) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,149 @@
+"""The asyncio client; its methods mirror Client's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry import trace
+
+from chiasm.client import calls, codec, events
+from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
+from chiasm.transport import channel
+from chiasm.v1 import inference_pb2, inference_pb2_grpc
+
+
+class AsyncClient:
+    """Speaks to a gateway at host:port. Calls raise chiasm.errors and are bounded in time.
+
+    Use as an async context manager, or call `close`. Belongs to the event loop it is made in.
+    """
+
+    def __init__(self, endpoint: str, *, timeout_s: float = calls.DEFAULT_TIMEOUT_S) -> None:
+        self._endpoint, self._timeout_s = endpoint, timeout_s
+        self._channel = channel.open_channel(endpoint, max_message_bytes=calls.MAX_MESSAGE_BYTES)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all calls and the connection."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        enable_thinking: bool = False,
+        prompt_token_ids: bool = False,
+        prompt_logits: bool = False,
+        request_id: str = "",
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[events.Event]:
+        """Streams the answer: Started, PromptLogits if asked for, Deltas, Finished.
+
+        Closing the iterator (`aclose`) or cancelling the task cancels the request.
+        """
+        options = codec.Options(
+            sampling=sampling,
+            enable_thinking=enable_thinking,
+            prompt_token_ids=prompt_token_ids,
+            prompt_logits=prompt_logits,
+            model=model,
+        )
+        request_id = calls.new_request_id(request_id)
+        request = codec.generate_request(prompt, options, request_id=request_id)
+        span = calls.start_span(prompt, options)
+        with calls.ending(span), calls.rpc_errors():
+            with trace.use_span(span):
+                metadata = calls.metadata(request_id)
+            call = self._stub.Generate(
+                request, timeout=timeout_s or self._timeout_s, metadata=metadata
+            )
+            try:
+                async for answer in call:
+                    if (event := codec.event(answer)) is not None:
+                        yield event
+            finally:
+                call.cancel()
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        enable_thinking: bool = False,
+        prompt_token_ids: bool = True,
+        prompt_logits: bool = False,
+        request_id: str = "",
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> events.Result:
+        """The whole answer at once."""
+        assembler = codec.Assembler()
+        async for event in self.generate(
+            prompt,
+            sampling=sampling,
+            enable_thinking=enable_thinking,
+            prompt_token_ids=prompt_token_ids,
+            prompt_logits=prompt_logits,
+            request_id=request_id,
+            model=model,
+            timeout_s=timeout_s,
+        ):
+            assembler.add(event)
+        return assembler.result()
+
+    async def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        enable_thinking: bool = False,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> events.Usage:
+        """Prompt tokens by modality that `generate` would use."""
+        request = codec.count_request(prompt, enable_thinking=enable_thinking, model=model)
+        with calls.rpc_errors():
+            answer = await self._stub.CountTokens(
+                request,
+                timeout=timeout_s or self._timeout_s,
+                metadata=calls.metadata(calls.new_request_id("")),
+            )
+        return codec.usage(answer.usage)
+
+    async def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
+        """The served model and the gateway's limits."""
+        with calls.rpc_errors():
+            return codec.model(
+                await self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_s)
+            )
+
+    async def wait_ready(self, timeout_s: float = calls.SHORT_TIMEOUT_S) -> None:
+        """Returns once the gateway says SERVING; raises Unavailable if that takes too long."""
+        health = health_pb2_grpc.HealthStub(self._channel)
+        request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
+        polls = calls.Polls(timeout_s, self._endpoint)
+        while True:
+            try:
+                answer = await health.Check(request, timeout=polls.left_s())
+            except grpc.RpcError:
+                pass
+            else:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(polls.pause_s())

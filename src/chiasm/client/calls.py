@@ -1,0 +1,98 @@
+"""What the two clients share: limits, defaults, and the span and metadata of a call."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator
+
+import grpc
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind
+
+from chiasm import errors
+from chiasm.client.codec import Options
+from chiasm.client.messages import Prompt, Tokens
+from chiasm.telemetry import traces
+from chiasm.transport import status
+
+DEFAULT_TIMEOUT_S = 600.0
+"""Bound of a generation for which the caller gives none."""
+
+SHORT_TIMEOUT_S = 30.0
+"""Bound of the calls that generate nothing."""
+
+MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+"""Bound of one message. The gateway's own bound is tighter and is the one that counts."""
+
+SERVICE = "chiasm.v1.Inference"
+_POLL_S = 0.1
+
+
+def new_request_id(request_id: str) -> str:
+    """The caller's id, or a fresh one: the same id then stands in request, metadata and logs."""
+    return request_id or uuid.uuid4().hex
+
+
+def metadata(request_id: str) -> traces.Metadata:
+    """Metadata of a call. An id that cannot travel in metadata is left to the gateway to refuse."""
+    fits = request_id.isascii() and request_id.isprintable()
+    return traces.metadata(request_id) if fits else tuple(traces.inject().items())
+
+
+@contextlib.contextmanager
+def rpc_errors() -> Iterator[None]:
+    """Failed calls leave as chiasm.errors."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise status.from_rpc_error(error) from None
+
+
+def start_span(prompt: Prompt, options: Options) -> Span:
+    """The client span of a generation; the caller ends it with `end_span`."""
+    operation = "text_completion" if isinstance(prompt, Tokens) else "chat"
+    return traces.tracer.start_span(
+        f"{operation} {options.model}".strip(),
+        kind=SpanKind.CLIENT,
+        attributes={
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "chiasm",
+            "gen_ai.request.max_tokens": options.sampling.max_tokens,
+        },
+    )
+
+
+@contextlib.contextmanager
+def ending(span: Span) -> Iterator[None]:
+    """Ends the span with the block, marked with the error that left it."""
+    try:
+        yield
+    except errors.ChiasmError as error:
+        span.set_attribute("error.type", error.reason)
+        span.set_status(trace.StatusCode.ERROR, error.message)
+        raise
+    finally:
+        span.end()
+
+
+class Polls:
+    """Paces `wait_ready`: how long to sleep and when to give up."""
+
+    def __init__(self, timeout_s: float, endpoint: str) -> None:
+        self._end_s = time.monotonic() + timeout_s
+        self._timeout_s, self._endpoint = timeout_s, endpoint
+
+    def left_s(self) -> float:
+        """Seconds for the next try. Raises Unavailable when there are none."""
+        left = self._end_s - time.monotonic()
+        if left <= 0:
+            raise errors.Unavailable(
+                f"{self._endpoint} was not ready within {self._timeout_s:g} s", retry_after_s=1.0
+            )
+        return left
+
+    def pause_s(self) -> float:
+        """Seconds to sleep before the next try."""
+        return min(_POLL_S, self.left_s())

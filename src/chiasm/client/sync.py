@@ -1,0 +1,157 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry import trace
+
+from chiasm.client import calls, codec, events
+from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
+from chiasm.transport import channel
+from chiasm.v1 import inference_pb2, inference_pb2_grpc
+
+
+class Client:
+    """Speaks to a gateway at host:port. Calls raise chiasm.errors and are bounded in time.
+
+    Use as a context manager, or call `close`. Safe to share between threads.
+    """
+
+    def __init__(self, endpoint: str, *, timeout_s: float = calls.DEFAULT_TIMEOUT_S) -> None:
+        self._endpoint, self._timeout_s = endpoint, timeout_s
+        self._channel = grpc.insecure_channel(
+            endpoint, options=channel.options(calls.MAX_MESSAGE_BYTES)
+        )
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all calls and the connection."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        enable_thinking: bool = False,
+        prompt_token_ids: bool = False,
+        prompt_logits: bool = False,
+        request_id: str = "",
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Iterator[events.Event]:
+        """Streams the answer: Started, PromptLogits if asked for, Deltas, Finished.
+
+        Closing the iterator cancels the request.
+        """
+        options = codec.Options(
+            sampling=sampling,
+            enable_thinking=enable_thinking,
+            prompt_token_ids=prompt_token_ids,
+            prompt_logits=prompt_logits,
+            model=model,
+        )
+        request_id = calls.new_request_id(request_id)
+        request = codec.generate_request(prompt, options, request_id=request_id)
+        return self._stream(prompt, options, request, timeout_s or self._timeout_s)
+
+    def _stream(
+        self,
+        prompt: Prompt,
+        options: codec.Options,
+        request: inference_pb2.GenerateRequest,
+        timeout_s: float,
+    ) -> Iterator[events.Event]:
+        span = calls.start_span(prompt, options)
+        with calls.ending(span), calls.rpc_errors():
+            with trace.use_span(span):
+                metadata = calls.metadata(request.request_id)
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=metadata)
+            try:
+                for answer in call:
+                    if (event := codec.event(answer)) is not None:
+                        yield event
+            finally:
+                call.cancel()
+
+    def complete(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        enable_thinking: bool = False,
+        prompt_token_ids: bool = True,
+        prompt_logits: bool = False,
+        request_id: str = "",
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> events.Result:
+        """The whole answer at once."""
+        return codec.assemble(
+            self.generate(
+                prompt,
+                sampling=sampling,
+                enable_thinking=enable_thinking,
+                prompt_token_ids=prompt_token_ids,
+                prompt_logits=prompt_logits,
+                request_id=request_id,
+                model=model,
+                timeout_s=timeout_s,
+            )
+        )
+
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        enable_thinking: bool = False,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> events.Usage:
+        """Prompt tokens by modality that `generate` would use."""
+        request = codec.count_request(prompt, enable_thinking=enable_thinking, model=model)
+        with calls.rpc_errors():
+            answer = self._stub.CountTokens(
+                request,
+                timeout=timeout_s or self._timeout_s,
+                metadata=calls.metadata(calls.new_request_id("")),
+            )
+        return codec.usage(answer.usage)
+
+    def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
+        """The served model and the gateway's limits."""
+        with calls.rpc_errors():
+            return codec.model(
+                self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_s)
+            )
+
+    def wait_ready(self, timeout_s: float = calls.SHORT_TIMEOUT_S) -> None:
+        """Returns once the gateway says SERVING; raises Unavailable if that takes too long."""
+        health = health_pb2_grpc.HealthStub(self._channel)
+        request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
+        polls = calls.Polls(timeout_s, self._endpoint)
+        while True:
+            try:
+                answer = health.Check(request, timeout=polls.left_s())
+            except grpc.RpcError:
+                pass
+            else:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            time.sleep(polls.pause_s())

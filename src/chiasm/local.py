@@ -1,0 +1,268 @@
+"""The whole system on one machine, as real processes: what `chiasm up` runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import grpc
+import structlog
+
+from chiasm import errors
+from chiasm.child import Child
+from chiasm.membership import Topology
+from chiasm.transport.channel import options
+from chiasm.transport.messages import CONTROL_BYTES
+from chiasm.transport.topology import topology_from_proto
+from chiasm.types import Modality, ShardSpec
+from chiasm.v1 import control_pb2, control_pb2_grpc
+
+POLL_S = 0.05
+CALL_TIMEOUT_S = 2.0
+TAIL_LINES = 10
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackConfig:
+    """What to start. Raises InvalidArgument that names the field which cannot be.
+
+    port, orchestrator_port: 0 takes a free one.
+    text_shards, text_servers, and the same for vision: the cut of each pool and over how many
+        servers its shards are spread, in contiguous runs as even as possible.
+    colocate: the decoder runs both pools inside; there are no expert servers then.
+    video_advance: rule of positions after a video; None leaves it to the checkpoint.
+    log_dir: where each process's output goes; None: a temporary folder, removed after a stop
+        without incident.
+    """
+
+    model: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    orchestrator_port: int = 0
+    text_shards: int = 2
+    text_servers: int = 1
+    vision_shards: int = 2
+    vision_servers: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    colocate: bool = False
+    video_advance: Literal["original", "transformers"] | None = None
+    log_dir: Path | None = None
+    log_level: str = "info"
+    startup_timeout_s: float = 300.0
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not (self.model / "config.json").is_file():
+            raise errors.InvalidArgument("model", f"no config.json in {str(self.model)!r}")
+        for field in ("port", "orchestrator_port"):
+            if not 0 <= getattr(self, field) <= 65535:
+                raise errors.InvalidArgument(field, "must lie in 0..65535")
+        for modality in Modality:
+            shards, servers = self.num_shards(modality), self.num_servers(modality)
+            if shards < 1:
+                raise errors.InvalidArgument(f"{modality}_shards", "must be at least 1")
+            if not 1 <= servers <= shards:
+                raise errors.InvalidArgument(
+                    f"{modality}_servers", f"must lie in 1..{shards}, the number of shards"
+                )
+
+    def num_shards(self, modality: Modality) -> int:
+        """Shards of a pool."""
+        return self.text_shards if modality is Modality.TEXT else self.vision_shards
+
+    def num_servers(self, modality: Modality) -> int:
+        """Expert servers of a pool."""
+        return self.text_servers if modality is Modality.TEXT else self.vision_servers
+
+
+class Interrupted(Exception):
+    """`LocalStack.interrupt` was called during the start."""
+
+
+class LocalStack:
+    """All processes of one system.
+
+    `start` returns the gateway's address when every part is ready; `stop` ends all of them. As a
+    context manager it does both. Children end by themselves should this process be killed.
+    """
+
+    def __init__(self, config: StackConfig) -> None:
+        self.config = config
+        self.children: dict[str, Child] = {}
+        self.log_dir = Path()
+        self.orchestrator = ""
+        self._interrupted = threading.Event()
+        self._dead: set[str] = set()
+
+    def start(self, on_progress: Callable[[Topology], None] | None = None) -> str:
+        """Starts everything and waits until every kind of request can be served.
+
+        Raises Unavailable, with the last lines of the log at fault, when a process dies or the time
+        is up, and Interrupted; nothing is left running then.
+        """
+        given = self.config.log_dir
+        if given is not None:
+            given.mkdir(parents=True, exist_ok=True)
+        self.log_dir = given or Path(tempfile.mkdtemp(prefix="chiasm-"))
+        end = time.monotonic() + self.config.startup_timeout_s
+        try:
+            self._spawn("orchestrator", "chiasm.orchestrator", self.config.orchestrator_port)
+            self.orchestrator = self._await_address("orchestrator", end)
+            for name, module, flags in self._services():
+                port = self.config.port if name == "gateway" else 0
+                self._spawn(name, module, port, "--orchestrator", self.orchestrator, *flags)
+            address = self._await_address("gateway", end)
+            self._await_complete(end, on_progress)
+        except BaseException:
+            self.stop()
+            raise
+        return address
+
+    def interrupt(self) -> None:
+        """Makes a running `start` give up. May be called from a signal handler."""
+        self._interrupted.set()
+
+    def topology(self) -> Topology:
+        """The topology as the orchestrator knows it; empty while it does not answer."""
+        request = control_pb2.WatchTopologyRequest()
+        with grpc.insecure_channel(self.orchestrator, options=options(CONTROL_BYTES)) as channel:
+            call = control_pb2_grpc.OrchestratorStub(channel).WatchTopology(
+                request, timeout=CALL_TIMEOUT_S
+            )
+            try:
+                return topology_from_proto(next(call))
+            except (grpc.RpcError, StopIteration):
+                return Topology()
+            finally:
+                call.cancel()
+
+    def newly_dead(self) -> list[Child]:
+        """Children that have died since the last time this was asked."""
+        dead = [c for c in self.children.values() if c.exit_code is not None]
+        news = [child for child in dead if child.name not in self._dead]
+        self._dead.update(child.name for child in news)
+        return news
+
+    def stop(self) -> None:
+        """Ends all processes: those that take requests first, those they lean on after them.
+
+        Each stage drains before the next is told; together they have `grace_s`.
+        """
+        end = time.monotonic() + self.config.grace_s
+        is_clean = not self._dead and bool(self.children)
+        for child in reversed(self.children.values()):
+            if not child.end(max(0.1, end - time.monotonic())):
+                log.warning("killed", process=child.name, after_s=self.config.grace_s)
+                is_clean = False
+        self.children.clear()
+        if is_clean and self.config.log_dir is None:
+            shutil.rmtree(self.log_dir, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _services(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Name, module and own flags of each service, those that others lean on first."""
+        config = self.config
+        model = ["--model", str(config.model), "--dtype", config.dtype]
+        decoder = list(model)
+        if config.video_advance is not None:
+            decoder += ["--video-advance", config.video_advance]
+        if config.colocate:
+            decoder += ["--colocate", "--text-shards", str(config.text_shards)]
+            decoder += ["--vision-shards", str(config.vision_shards)]
+        else:
+            for modality in Modality:
+                shards = spread(config.num_shards(modality), config.num_servers(modality))
+                for server, held in enumerate(shards):
+                    flags = ["--modality", modality, "--shards", str(held), *model]
+                    yield f"{modality}-pool-{server}", "chiasm.services.expert_pool", flags
+        yield "vision-encoder", "chiasm.services.vision_encoder", model
+        yield "decoder", "chiasm.services.decoder", decoder
+        yield "gateway", "chiasm.services.gateway", ["--model", str(config.model)]
+
+    def _spawn(self, name: str, module: str, port: int, *flags: str) -> None:
+        common = ["--bind", f"{self.config.host}:{port}", "--advertise-host", self.config.host]
+        common += ["--log-level", self.config.log_level, "--grace-s", str(self.config.grace_s / 2)]
+        self.children[name] = Child(
+            name,
+            module,
+            [*common, *flags],
+            env=_environment(),
+            log_path=self.log_dir / f"{name}.log",
+        )
+
+    def _await_address(self, name: str, end: float) -> str:
+        while (address := self.children[name].address()) is None:
+            self._pause(end, f"{name} does not listen")
+        return address
+
+    def _await_complete(self, end: float, on_progress: Callable[[Topology], None] | None) -> None:
+        while not (topology := self.topology()).is_complete():
+            if on_progress is not None:
+                on_progress(topology)
+            self._pause(end, f"not every part is ready: {describe(topology)}")
+
+    def _pause(self, end: float, waiting_for: str) -> None:
+        """One short wait of the start, unless it makes no sense to wait on."""
+        if self._interrupted.wait(POLL_S):
+            raise Interrupted
+        for child in self.newly_dead():
+            raise errors.Unavailable(
+                f"{child.name} died during the start with exit code {child.exit_code}; "
+                f"the end of {child.log_path}:\n" + "\n".join(child.last_lines(TAIL_LINES))
+            )
+        if time.monotonic() > end:
+            self._dead.update(self.children)
+            raise errors.Unavailable(
+                f"{waiting_for} after {self.config.startup_timeout_s:g} s; logs: {self.log_dir}"
+            )
+
+
+def spread(num_shards: int, num_servers: int) -> list[ShardSpec]:
+    """The shards of each server: contiguous runs as even as possible."""
+    return [
+        ShardSpec(
+            tuple(range(i * num_shards // num_servers, (i + 1) * num_shards // num_servers)),
+            num_shards,
+        )
+        for i in range(num_servers)
+    ]
+
+
+def describe(topology: Topology) -> str:
+    """Members and their states in a few words."""
+    return ", ".join(f"{m.role} {m.state}" for m in topology.members) or "no members"
+
+
+def _environment() -> dict[str, str]:
+    """The environment of the children.
+
+    Six processes that spin on their thread pools would starve each other, so they wait passively
+    and none takes all cores; whatever the user has set stays.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    threads = str(max(1, num_cores // 2))
+    return {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}

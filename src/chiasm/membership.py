@@ -1,0 +1,158 @@
+"""Who is in the system and what each member holds: plain values, without grpc or torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from chiasm.types import Modality
+
+
+class Role(StrEnum):
+    """What a member is."""
+
+    GATEWAY = "gateway"
+    VISION_ENCODER = "vision-encoder"
+    DECODER = "decoder"
+    EXPERT_POOL = "expert-pool"
+
+
+class MemberState(StrEnum):
+    """How far a member is."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSet:
+    """Loaded shards, ascending, of a pool cut into `num_shards`."""
+
+    modality: Modality
+    num_shards: int
+    shards: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the entire pool."""
+        return len(self.shards) == self.num_shards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberInfo:
+    """One process of the system.
+
+    `member_id` is unique for one life of the process. `shard_sets` is set for expert pools, and for
+    decoders that run the pools inside.
+    """
+
+    member_id: str
+    role: Role
+    address: str
+    metrics_address: str = ""
+    state: MemberState = MemberState.LOADING
+    shard_sets: tuple[ShardSet, ...] = ()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is MemberState.READY
+
+    def shard_set(self, modality: Modality) -> ShardSet | None:
+        """What the member holds of a pool, if anything."""
+        return next((s for s in self.shard_sets if s.modality is modality), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """All members at one moment, ordered by member_id.
+
+    `version` grows within one `instance_id`, a life of the orchestrator. While `settling`, members
+    that the orchestrator does not know yet are coming back.
+    """
+
+    instance_id: str = ""
+    version: int = 0
+    settling: bool = True
+    members: tuple[MemberInfo, ...] = ()
+
+    def ready(self, role: Role) -> tuple[MemberInfo, ...]:
+        """Members of a role that take work."""
+        return tuple(m for m in self.members if m.role is role and m.is_ready)
+
+    def gateways(self) -> tuple[MemberInfo, ...]:
+        """Gateways that take work."""
+        return self.ready(Role.GATEWAY)
+
+    def encoders(self) -> tuple[MemberInfo, ...]:
+        """Vision encoders that take work."""
+        return self.ready(Role.VISION_ENCODER)
+
+    def decoders(self) -> tuple[MemberInfo, ...]:
+        """Decoders that take work."""
+        return self.ready(Role.DECODER)
+
+    def num_shards(self, modality: Modality) -> int:
+        """Into how many shards the expert servers cut a pool; 0 while none is known.
+
+        The orchestrator refuses a second cut of a pool. Should two be seen all the same, as while
+        it settles, the more frequent one counts.
+        """
+        cuts = Counter(
+            held.num_shards
+            for member in self.members
+            if member.role is Role.EXPERT_POOL and (held := member.shard_set(modality))
+        )
+        return max(cuts, key=lambda cut: (cuts[cut], -cut), default=0)
+
+    def holders(self, modality: Modality, shard: int) -> tuple[MemberInfo, ...]:
+        """Expert servers that take work for a shard."""
+        cut = self.num_shards(modality)
+        return tuple(
+            member
+            for member in self.ready(Role.EXPERT_POOL)
+            if (held := member.shard_set(modality))
+            and held.num_shards == cut
+            and shard in held.shards
+        )
+
+    def missing(self, modality: Modality) -> tuple[int, ...]:
+        """Shards of a pool, as far as its cut is known, without a ready expert server."""
+        cut = self.num_shards(modality)
+        held: set[int] = set()
+        for member in self.ready(Role.EXPERT_POOL):
+            shards = member.shard_set(modality)
+            if shards and shards.num_shards == cut:
+                held.update(shards.shards)
+        return tuple(shard for shard in range(cut) if shard not in held)
+
+    def covered(self, modality: Modality) -> bool:
+        """Whether every shard of a pool has a ready expert server."""
+        return self.num_shards(modality) > 0 and not self.missing(modality)
+
+    def is_complete(self) -> bool:
+        """Whether every kind of request can be served.
+
+        Needs a gateway, an encoder, a decoder and both pools; a decoder that runs a pool inside
+        stands for that pool.
+        """
+        return bool(self.gateways() and self.encoders() and self.decoders()) and all(
+            self.covered(modality) or self._inside(modality) for modality in Modality
+        )
+
+    def merged(self, update: Topology) -> Topology:
+        """What a watcher that holds this topology holds after `update`.
+
+        A settling orchestrator does not know every member yet, so its word adds and updates members
+        but removes none.
+        """
+        if not update.settling:
+            return update
+        members = {m.member_id: m for m in (*self.members, *update.members)}
+        return replace(update, members=tuple(members[i] for i in sorted(members)))
+
+    def _inside(self, modality: Modality) -> bool:
+        return any(
+            held.is_whole for d in self.decoders() if (held := d.shard_set(modality)) is not None
+        )

@@ -1,0 +1,163 @@
+"""Video files to patches, as transformers' Ernie4_5_VLMoeVideoProcessor prepares decoded frames.
+
+Which frames to take is decided before any is decoded; then frames pass one at a time through
+stamping, resizing and patching, so memory holds one full frame and the patches. Frames are counted
+and decoded in presentation order; a rotation asked for by the container is not applied, as in the
+PyAV reader of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from chiasm.errors import InvalidArgument
+from chiasm.model.geometry import DEFAULT_FPS, num_sampled_frames, smart_resize
+from chiasm.model.patches import Patches, normalize, patchify, resize
+from chiasm.model.probe import VideoLimits, check_size, open_video, probe_video
+from chiasm.model.processing import ProcessingConfig, VideoSettings
+from chiasm.types import Grid
+
+_STAMP_SIZE = 0.1
+"""Height of a timestamp over the frame's shorter side; also its outline over that height."""
+
+
+def preprocess_video(
+    data: bytes, processing: ProcessingConfig, *, limits: VideoLimits | None = None
+) -> Patches:
+    """Samples, stamps, resizes and patches a video; an odd last frame is doubled.
+
+    Raises InvalidArgument("video") for what cannot be decoded, has no frame, exceeds `limits`, or
+    has more than max_frames frames where the checkpoint does not sample.
+    """
+    limits = limits or VideoLimits()
+    info = probe_video(data, limits)
+    total = info.num_frames or _count_frames(data, limits)
+    indices = sample_indices(total, info.fps, processing.video)
+    times = _timestamps(indices, info.fps, processing.video)
+    rows: torch.Tensor | None = None
+    grid, taken = Grid(0, 0, 0), 0
+    for frame in _frames(data, indices, limits):
+        if rows is None:
+            grid = _frame_grid(frame, processing)
+            rows = _allocate(len(indices), grid, processing)
+        stamp = times[taken] if processing.video.draw_timestamps else None
+        rows[taken] = _prepare(frame, stamp, grid, processing)
+        taken += 1
+    if rows is None:
+        raise InvalidArgument("video", "has no frame that can be decoded")
+    return _merged(rows, taken, grid, processing)
+
+
+def sample_indices(num_frames: int, fps: float | None, video: VideoSettings) -> list[int]:
+    """Indices of the frames to take, ascending: evenly spaced from the first one on."""
+    if not video.do_sample_frames and num_frames > video.max_frames:
+        raise InvalidArgument("video", f"has {num_frames} frames, limit {video.max_frames}")
+    step = num_frames / num_sampled_frames(num_frames, fps, video)
+    # torch.arange rounds in its own way; the reference's indices come from it.
+    indices = torch.arange(0, num_frames, step).int().tolist()
+    return [index for index in indices if index < num_frames]
+
+
+def timestamp_text(seconds: float | torch.Tensor) -> str:
+    """`time: HH:MM:SS.ss`."""
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"time: {hours:02d}:{minutes:02d}:{seconds % 3600 % 60:05.2f}"
+
+
+def _timestamps(
+    indices: Sequence[int], fps: float | None, video: VideoSettings
+) -> Sequence[float | torch.Tensor]:
+    pace = fps or DEFAULT_FPS
+    if not video.do_sample_frames:
+        return [index / pace for index in indices]
+    # Sampled indices are int32 tensors in the reference, so their seconds are float32 there.
+    return list(torch.tensor(indices, dtype=torch.int32) / pace)
+
+
+def _count_frames(data: bytes, limits: VideoLimits) -> int:
+    """For containers that do not tell. Decodes: packets and frames are not one to one."""
+    count = 0
+    with open_video(data, limits) as (container, stream):
+        for _ in container.decode(stream):
+            count += 1
+            if count > limits.max_frames:
+                raise InvalidArgument("video", f"has more than {limits.max_frames} frames")
+    if not count:
+        raise InvalidArgument("video", "has no frame that can be decoded")
+    return count
+
+
+def _frames(data: bytes, indices: Sequence[int], limits: VideoLimits) -> Iterator[np.ndarray]:
+    """The frames at `indices`, [H, W, 3] uint8, all of one size."""
+    wanted, last = set(indices), indices[-1]
+    size: tuple[int, int] | None = None
+    with open_video(data, limits) as (container, stream):
+        for index, frame in enumerate(container.decode(stream)):
+            if index > last:
+                return
+            if frame.is_corrupt:
+                raise InvalidArgument("video", f"frame {index} is damaged")
+            if index not in wanted:
+                continue
+            check_size("video", frame.width, frame.height, limits.max_pixels)
+            size = size or (frame.width, frame.height)
+            if (frame.width, frame.height) != size:
+                raise InvalidArgument("video", f"frame {index} differs in size from the first")
+            yield frame.to_ndarray(format="rgb24")
+
+
+def _frame_grid(frame: np.ndarray, processing: ProcessingConfig) -> Grid:
+    height, width = smart_resize(
+        *frame.shape[:2], factor=processing.factor, pixels=processing.video.pixels
+    )
+    return Grid(1, height // processing.patch_size, width // processing.patch_size)
+
+
+def _allocate(num_frames: int, grid: Grid, processing: ProcessingConfig) -> torch.Tensor:
+    """[frames + 1, patches, 3 * patch * patch]; the last frame leaves room to double one."""
+    return torch.empty(num_frames + 1, grid.num_patches, 3 * processing.patch_size**2)
+
+
+def _prepare(
+    frame: np.ndarray,
+    seconds: float | torch.Tensor | None,
+    grid: Grid,
+    processing: ProcessingConfig,
+) -> torch.Tensor:
+    """One frame to [patches, 3 * patch * patch]."""
+    if seconds is not None:
+        frame = _stamp(frame, timestamp_text(seconds), processing.video)
+    patch_size = processing.patch_size
+    image = torch.from_numpy(frame).permute(2, 0, 1).contiguous()
+    image = resize(image, grid.h * patch_size, grid.w * patch_size)
+    rows = patchify(image, patch_size=patch_size, merge_size=processing.spatial_merge_size)
+    return normalize(rows, processing.video.pixels)
+
+
+def _stamp(frame: np.ndarray, text: str, video: VideoSettings) -> np.ndarray:
+    """Black on a white outline, in the upper left corner, before the frame is resized."""
+    image = Image.fromarray(frame)
+    height = int(min(image.size) * _STAMP_SIZE)
+    if height < 1:  # nothing legible fits
+        return frame
+    ImageDraw.Draw(image).text(
+        (0, 0),
+        text,
+        font=ImageFont.truetype(str(video.font), height),
+        fill=(0, 0, 0),
+        stroke_width=int(height * _STAMP_SIZE),
+        stroke_fill=(255, 255, 255),
+    )
+    return np.array(image)
+
+
+def _merged(rows: torch.Tensor, taken: int, grid: Grid, processing: ProcessingConfig) -> Patches:
+    """Frames in whole groups of temporal_merge_size (2): a missing last one is a copy."""
+    if taken % processing.temporal_merge_size:
+        rows[taken] = rows[taken - 1]
+        taken += 1
+    return Patches(pixels=rows[:taken].flatten(0, 1), grid=Grid(taken, grid.h, grid.w))

@@ -1,0 +1,214 @@
+"""The life of a service process, the same for all of them.
+
+Bind, announce, join as LOADING, load in the background, READY as soon as the weights and whatever
+the service depends on are there; on SIGTERM drain, leave, stop. A service says what is particular
+to it with a `Service`; `serve` does the rest. A program's `__main__` is then
+
+    def run(settings: DecoderSettings) -> int:
+        return serve(settings, name="decoder", role=Role.DECODER, services=[...], build=...)
+
+    main = settings_command(DecoderSettings, run, prog="chiasm decoder")  # chiasm.flags
+
+    if __name__ == "__main__":
+        main()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grpc
+import structlog
+from opentelemetry.sdk.trace import TracerProvider
+
+from chiasm import errors
+from chiasm.config import ServiceSettings
+from chiasm.membership import MemberInfo, MemberState, Role, Topology
+from chiasm.telemetry import logs, metrics, traces
+from chiasm.transport.membership import Member, TopologyWatcher
+from chiasm.transport.server import Server, announce
+
+FLUSH_TIMEOUT_S = 2.0
+"""How long spans may take to reach a collector at exit."""
+
+log = structlog.get_logger()
+
+
+async def _nothing() -> None: ...
+
+
+def _always(_: Topology) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What one service brings to its process.
+
+    register: adds the servicers to the grpc server; called before anything is loaded.
+    load: fetches weights and the like, in the background; heavy work belongs in a thread. An
+        exception ends the process with exit code 1.
+    is_ready: whether what the service depends on is there; asked after every change of the topology
+        and after `ServiceProcess.recheck`. It should hold back only for what no request can do
+        without: while it is false the process is NOT_SERVING and a LOADING member.
+    drain: refuses new work and waits for the work in flight; cut off after `grace_s`.
+    close: releases resources after the grpc server has stopped.
+    watch_topology: whether `ServiceProcess.topology` follows the orchestrator.
+    """
+
+    register: Callable[[grpc.aio.Server], Any]
+    load: Callable[[], Awaitable[None]] = _nothing
+    is_ready: Callable[[Topology], bool] = _always
+    drain: Callable[[], Awaitable[None]] = _nothing
+    close: Callable[[], Awaitable[None]] = _nothing
+    watch_topology: bool = False
+
+
+class _Exit(NamedTuple):
+    code: int
+    at_once: bool
+
+
+class ServiceProcess:
+    """What a process offers its service: `member` to report with, `topology` to look things up."""
+
+    def __init__(self, member: Member, topology: TopologyWatcher, server: Server) -> None:
+        self.member = member
+        self.topology = topology
+        self.server = server
+        self._is_loaded = False
+        self._failure: Exception | None = None
+        self._recheck = asyncio.Event()
+        topology.subscribe(lambda _: self.recheck())
+
+    def recheck(self) -> None:
+        """Has `Service.is_ready` asked again; call when something it depends on has changed."""
+        self._recheck.set()
+
+    async def live(self, service: Service, *, grace_s: float) -> _Exit:
+        """Loads and serves until SIGTERM, or until loading fails."""
+        self.member.start()
+        if service.watch_topology:
+            self.topology.start()
+        task = asyncio.create_task(self._become_ready(service), name="readiness")
+        await self.server.run_until_stopped(grace_s=grace_s, on_drain=lambda: self._drain(service))
+        task.cancel()
+        await self.member.close()
+        await self.topology.close()
+        await service.close()
+        if self._failure is not None:
+            return _Exit(1, at_once=False)
+        return _Exit(0, at_once=not self._is_loaded)
+
+    async def _become_ready(self, service: Service) -> None:
+        """Loads, then publishes readiness whenever it changes."""
+        try:
+            await service.load()
+            self._is_loaded = True
+            log.info("loaded")
+            while not self.server.stopping.is_set():
+                self._recheck.clear()
+                ready = service.is_ready(self.topology.current)
+                if ready != self.server.serving:
+                    log.info("ready" if ready else "not_ready")
+                    self.member.update(state=MemberState.READY if ready else MemberState.LOADING)
+                    await self.server.set_serving(ready)
+                await self._recheck.wait()
+        except Exception as error:
+            _log_failure("failed" if self._is_loaded else "load_failed", error)
+            self._failure = error
+            self.server.stopping.set()
+
+    async def _drain(self, service: Service) -> None:
+        self.member.update(state=MemberState.DRAINING)
+        if self._is_loaded:
+            await service.drain()
+        await self.member.leave()
+
+
+async def _run(
+    settings: ServiceSettings,
+    *,
+    name: str,
+    role: Role,
+    services: Sequence[str],
+    max_message_bytes: int,
+    build: Callable[[ServiceProcess], Service],
+) -> _Exit:
+    logs.configure(name, level=settings.log_level)
+    member_id = f"{name}-{uuid.uuid4().hex[:12]}"
+    provider = traces.configure(name, instance_id=member_id)
+    try:
+        server = Server(services=services, max_message_bytes=max_message_bytes)
+        member = Member(
+            settings.orchestrator, MemberInfo(member_id=member_id, role=role, address="")
+        )
+        process = ServiceProcess(member, TopologyWatcher(settings.orchestrator), server)
+        service = build(process)
+        service.register(server.grpc)
+        port = await server.start(settings.bind)
+        metrics_port = metrics.serve(settings.bind.rpartition(":")[0], settings.metrics_port)
+        address = f"{settings.advertise_host}:{port}"
+        member.update(address=address, metrics_address=f"{settings.advertise_host}:{metrics_port}")
+    except Exception as error:
+        _log_failure("start_failed", error)
+        return _Exit(1, at_once=False)
+    announce(address)
+    log.info("listening", address=address, metrics_port=metrics_port, member_id=member_id)
+    exit_ = await process.live(service, grace_s=settings.grace_s)
+    flush(provider)
+    return exit_
+
+
+def serve(
+    settings: ServiceSettings,
+    *,
+    name: str,
+    role: Role,
+    services: Sequence[str],
+    max_message_bytes: int,
+    build: Callable[[ServiceProcess], Service],
+) -> int:
+    """Runs a service until SIGTERM or SIGINT; returns the exit code.
+
+    `name` stands in logs, traces and the member id; `services` are the full names of the grpc
+    services for health and reflection; `build` makes the service, quickly and without loading.
+    """
+    with asyncio.Runner() as runner:
+        exit_ = runner.run(
+            _run(
+                settings,
+                name=name,
+                role=role,
+                services=services,
+                max_message_bytes=max_message_bytes,
+                build=build,
+            )
+        )
+        if exit_.at_once:
+            # A thread that still loads weights cannot be told to stop, and would hold the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit_.code)
+    return exit_.code
+
+
+def flush(provider: TracerProvider | None) -> None:
+    """Sends the last spans, for as long as FLUSH_TIMEOUT_S allows."""
+    if provider is not None:
+        thread = threading.Thread(target=provider.shutdown, daemon=True)
+        thread.start()
+        thread.join(FLUSH_TIMEOUT_S)
+
+
+def _log_failure(event: str, error: BaseException | None) -> None:
+    """One line; a traceback only for what is not a plain error of set-up."""
+    expected = isinstance(error, errors.ChiasmError | OSError | ValueError)
+    log.error(event, error=str(error), exc_info=None if expected else error)

@@ -1,0 +1,37 @@
+"""What all tests need before they import anything."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chiasm.model.synth import synthesize
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+sys.path.insert(0, str(Path(__file__).parent))  # from checkpoint.converters import reference_model
+
+# torchvision's wheel expects the CUDA build of torch; beside a CPU torch its import fails for want
+# of these two operators' schemas. The transforms that transformers' processors use call neither.
+_TORCHVISION: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # no annotations in torch
+for _schema in (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+):
+    try:
+        _TORCHVISION.define(_schema)
+    except RuntimeError:  # a matching torchvision has defined it
+        continue
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `tiny` synthetic checkpoint, seed 0. Read it; copy it before changing it."""
+    directory = tmp_path_factory.mktemp("synthetic") / "tiny"
+    synthesize(directory)
+    return directory

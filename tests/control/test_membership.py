@@ -1,0 +1,237 @@
+"""The member table and topologies, without processes and with a clock of our own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from chiasm import errors
+from chiasm.membership import MemberInfo, MemberState, Role, ShardSet, Topology
+from chiasm.orchestrator.members import TICKS_PER_LEASE, Membership
+from chiasm.transport import topology as wire
+from chiasm.types import Modality
+from chiasm.v1 import control_pb2
+
+LEASE_S = 6.0
+
+
+def member(name: str, role: Role = Role.GATEWAY, **changes: object) -> MemberInfo:
+    base = MemberInfo(member_id=name, role=role, address=f"{name}:1", state=MemberState.READY)
+    return replace(base, **changes)  # type: ignore[arg-type] # the fields under test
+
+
+def pool(name: str, modality: Modality, *shards: int, of: int, **changes: object) -> MemberInfo:
+    held = ShardSet(modality=modality, num_shards=of, shards=shards)
+    return member(name, Role.EXPERT_POOL, shard_sets=(held,), **changes)
+
+
+def table(now: float = 0.0, max_members: int = 10) -> Membership:
+    return Membership(instance_id="i", lease_s=LEASE_S, max_members=max_members, now=now)
+
+
+def ids(topology: Topology) -> list[str]:
+    return [m.member_id for m in topology.members]
+
+
+def tick(members: Membership, start: float, end: float) -> list[str]:
+    """Lets time pass as the orchestrator does; returns who expired."""
+    step, now, gone = LEASE_S / TICKS_PER_LEASE, start, []
+    while now < end:
+        now = min(now + step, end)
+        gone += [m.member_id for m in members.expire(now)]
+    return gone
+
+
+class TestLeases:
+    def test_member_that_reports_stays_and_a_silent_one_goes(self) -> None:
+        members = table()
+        members.report(member("silent"), session=1, now=0.0)
+        members.report(member("alive"), session=2, now=0.0)
+        assert tick(members, 0.0, 5.9) == []
+        members.report(member("alive"), session=2, now=5.9)
+        assert tick(members, 5.9, 6.0) == ["silent"]
+        assert ids(members.topology) == ["alive"]
+        assert tick(members, 6.0, 11.8) == []
+        assert tick(members, 11.8, 11.9) == ["alive"]
+
+    def test_expired_member_comes_back_with_its_next_report(self) -> None:
+        members = table()
+        members.report(member("a"), session=1, now=0.0)
+        tick(members, 0.0, 7.0)
+        members.report(member("a"), session=1, now=7.0)
+        assert ids(members.topology) == ["a"]
+
+    def test_time_in_which_the_orchestrator_stood_still_ends_no_lease(self) -> None:
+        members = table()
+        members.report(member("a"), session=1, now=0.0)
+        tick(members, 0.0, 3.0)
+        assert members.expire(1000.0) == ()
+        assert tick(members, 1000.0, 1002.9) == []
+        assert tick(members, 1002.9, 1003.1) == ["a"]
+
+    def test_settles_after_one_lease(self) -> None:
+        members = table(now=100.0)
+        tick(members, 100.0, 105.9)
+        assert members.topology.settling
+        tick(members, 105.9, 106.0)
+        assert not members.topology.settling
+
+
+class TestSessions:
+    def test_end_of_the_stream_removes_at_once(self) -> None:
+        members = table()
+        members.report(member("a"), session=1, now=0.0)
+        members.end("a", session=1)
+        assert ids(members.topology) == []
+
+    def test_old_stream_of_a_reconnected_member_does_not_remove_it(self) -> None:
+        members = table()
+        members.report(member("a"), session=1, now=0.0)
+        members.report(member("a"), session=2, now=1.0)
+        members.end("a", session=1)
+        assert ids(members.topology) == ["a"]
+        members.end("a", session=2)
+        assert ids(members.topology) == []
+
+    def test_version_grows_with_changes_only(self) -> None:
+        members = table()
+        versions = [members.topology.version]
+        for report in (member("b"), member("a"), member("a"), member("a", address="a:2")):
+            members.report(report, session=1, now=0.0)
+            versions.append(members.topology.version)
+        members.end("nobody", session=1)
+        versions.append(members.topology.version)
+        assert versions == [1, 2, 3, 3, 4, 4]
+        assert ids(members.topology) == ["a", "b"]
+
+
+class TestRefusals:
+    def test_full_table_still_renews_those_in_it(self) -> None:
+        members = table(max_members=1)
+        members.report(member("a"), session=1, now=0.0)
+        with pytest.raises(errors.ResourceExhausted):
+            members.report(member("b"), session=2, now=0.0)
+        members.report(member("a", address="a:2"), session=1, now=1.0)
+        assert [m.address for m in members.topology.members] == ["a:2"]
+
+    def test_second_cut_of_a_pool_is_refused_while_the_first_is_there(self) -> None:
+        members = table()
+        members.report(pool("old", Modality.TEXT, 0, of=2), session=1, now=0.0)
+        members.report(pool("vision", Modality.VISION, 0, of=4), session=2, now=0.0)
+        with pytest.raises(errors.FailedPrecondition) as refused:
+            members.report(pool("new", Modality.TEXT, 0, of=4), session=3, now=0.0)
+        assert refused.value.field == "shard_sets[0].num_shards"
+        members.end("old", session=1)
+        members.report(pool("new", Modality.TEXT, 0, of=4), session=3, now=0.0)
+        assert members.topology.num_shards(Modality.TEXT) == 4
+
+    def test_a_decoder_may_cut_its_inner_pools_as_it_likes(self) -> None:
+        members = table()
+        members.report(pool("p", Modality.TEXT, 0, of=2), session=1, now=0.0)
+        inside = ShardSet(modality=Modality.TEXT, num_shards=1, shards=(0,))
+        decoder = member("d", Role.DECODER, shard_sets=(inside,))
+        members.report(decoder, session=2, now=0.0)
+        assert members.topology.num_shards(Modality.TEXT) == 2
+
+
+class TestCoverage:
+    def test_holders_are_ready_expert_servers(self) -> None:
+        topology = Topology(
+            members=(
+                pool("a", Modality.TEXT, 0, 1, of=3),
+                pool("b", Modality.TEXT, 1, 2, of=3),
+                pool("c", Modality.TEXT, 2, of=3, state=MemberState.LOADING),
+                pool("d", Modality.VISION, 0, of=1, state=MemberState.DRAINING),
+            )
+        )
+        held = [[m.member_id for m in topology.holders(Modality.TEXT, s)] for s in range(3)]
+        assert held == [["a"], ["a", "b"], ["b"]]
+        assert topology.covered(Modality.TEXT)
+        assert topology.missing(Modality.VISION) == (0,)
+        assert not topology.covered(Modality.VISION)
+
+    def test_a_pool_nobody_serves_is_not_covered(self) -> None:
+        assert Topology().num_shards(Modality.TEXT) == 0
+        assert not Topology().covered(Modality.TEXT)
+
+    @pytest.mark.parametrize("colocated", [True, False])
+    @pytest.mark.parametrize("lost", [None, "g", "e", "d", "t1", "v0"])
+    def test_complete_needs_every_part(self, colocated: bool, lost: str | None) -> None:
+        inside = tuple(ShardSet(modality=m, num_shards=2, shards=(0, 1)) for m in Modality)
+        members = [
+            member("g", Role.GATEWAY),
+            member("e", Role.VISION_ENCODER),
+            member("d", Role.DECODER, shard_sets=inside if colocated else ()),
+        ]
+        if not colocated:
+            members += [pool(f"t{i}", Modality.TEXT, i, of=2) for i in range(2)]
+            members += [pool("v0", Modality.VISION, 0, 1, of=2)]
+        left = [m for m in members if m.member_id != lost]
+        assert Topology(members=tuple(left)).is_complete() == (len(left) == len(members))
+
+
+class TestMerge:
+    def test_settling_adds_and_updates_but_removes_nobody(self) -> None:
+        known = Topology(instance_id="old", settling=False, members=(member("a"), member("b")))
+        fresh = member("b", address="b:2")
+        update = Topology(instance_id="new", version=3, members=(fresh, member("c")))
+        merged = known.merged(update)
+        assert ids(merged) == ["a", "b", "c"]
+        assert merged.members[1].address == "b:2"
+        assert (merged.instance_id, merged.version) == ("new", 3)
+        assert merged.merged(replace(update, settling=False)).members == update.members
+
+
+class TestWire:
+    def test_topology_survives_the_wire(self) -> None:
+        whole = Topology(
+            instance_id="i",
+            version=7,
+            settling=False,
+            members=(
+                member("a", metrics_address="a:9"),
+                pool("b", Modality.VISION, 0, 3, of=5, state=MemberState.LOADING),
+                member("c", Role.DECODER, state=MemberState.DRAINING),
+                member("d", Role.VISION_ENCODER),
+            ),
+        )
+        assert wire.topology_from_proto(wire.topology_to_proto(whole)) == whole
+
+    @pytest.mark.parametrize(
+        ("field", "change"),
+        [
+            ("member_id", {"member_id": ""}),
+            ("member_id", {"member_id": "x" * 257}),
+            ("address", {"address": ""}),
+            ("metrics_address", {"metrics_address": "x" * 257}),
+            ("role", {"role": 0}),
+            ("state", {"state": 9}),
+            ("shard_sets[0].modality", {"shard_sets": [{"num_shards": 1}]}),
+            ("shard_sets[0].num_shards", {"shard_sets": [{"modality": 1, "num_shards": 0}]}),
+            (
+                "shard_sets[0].num_shards",
+                {"shard_sets": [{"modality": 1, "num_shards": wire.MAX_SHARDS + 1}]},
+            ),
+            (
+                "shard_sets[0].shards",
+                {"shard_sets": [{"modality": 1, "num_shards": 2, "shards": [2]}]},
+            ),
+            (
+                "shard_sets[0].shards",
+                {"shard_sets": [{"modality": 2, "num_shards": 2, "shards": [1, 0]}]},
+            ),
+            ("shard_sets", {"shard_sets": [{"modality": 1, "num_shards": 2}] * 2}),
+        ],
+    )
+    def test_bad_reports_name_the_field(self, field: str, change: dict[str, object]) -> None:
+        good = {"member_id": "a", "address": "a:1", "role": 1, "state": 1}
+        wire.member_from_proto(control_pb2.MemberReport(**good))  # type: ignore[arg-type] # literal
+        with pytest.raises(errors.InvalidArgument) as refused:
+            wire.member_from_proto(control_pb2.MemberReport(**{**good, **change}))  # type: ignore[arg-type] # literal
+        assert refused.value.field == field
+
+    def test_watchers_leave_out_members_of_an_unknown_kind(self) -> None:
+        topology = wire.topology_to_proto(Topology(members=(member("a"), member("b"))))
+        topology.members[0].role = 99
+        assert ids(wire.topology_from_proto(topology)) == ["b"]

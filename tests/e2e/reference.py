@@ -1,0 +1,78 @@
+"""What `transformers` answers: the judge of the parity tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoint.converters import reference_model
+from e2e.cases import Case
+from transformers import (
+    AutoTokenizer,
+    Ernie4_5_VLMoeImageProcessor,
+    Ernie4_5_VLMoeProcessor,
+    Ernie4_5_VLMoeVideoProcessor,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Prompt ids, float32 logits [T, V] of the prompt and the greedy continuation."""
+
+    prompt_token_ids: list[int]
+    logits: np.ndarray
+    token_ids: list[int]
+
+
+class Reference:
+    """The reference model of a checkpoint with the processor its files describe."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def of(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Reference:
+        return cls(reference_model(directory, dtype), processor(directory))
+
+    def inputs(self, case: Case) -> dict[str, torch.Tensor]:
+        metadata = [
+            {"total_num_frames": len(v), "fps": 10.0, "frames_indices": list(range(len(v)))}
+            for v in case.videos
+        ]
+        media: dict[str, Any] = {"images": list(case.images) or None}
+        if case.videos:
+            media |= {"videos": list(case.videos), "video_metadata": metadata}
+        return dict(self.processor(text=[case.text], return_tensors="pt", **media))
+
+    @torch.no_grad()
+    def answer(self, case: Case, num_tokens: int) -> Answer:
+        inputs = self.inputs(case)
+        length = inputs["input_ids"].shape[1]
+        logits = self.model(**inputs).logits[0].float().numpy()
+        self.model.model.rope_deltas = None  # set by the call above; generate() makes its own
+        generated = self.model.generate(
+            **inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        return Answer(
+            prompt_token_ids=inputs["input_ids"][0].tolist(),
+            logits=logits,
+            token_ids=generated[0, length:].tolist(),
+        )
+
+
+def processor(directory: Path) -> Any:
+    """The checkpoint's own processor, or for the hub's flat files one with their limits."""
+    if (directory / "processor_config.json").is_file():
+        return Ernie4_5_VLMoeProcessor.from_pretrained(directory)
+    flat = json.loads((directory / "preprocessor_config.json").read_text())
+    size = {"shortest_edge": flat["min_pixels"], "longest_edge": flat["max_pixels"]}
+    video = json.loads((directory / "video_preprocessor_config.json").read_text())
+    return Ernie4_5_VLMoeProcessor(
+        image_processor=Ernie4_5_VLMoeImageProcessor(size=size),
+        tokenizer=AutoTokenizer.from_pretrained(directory),
+        video_processor=Ernie4_5_VLMoeVideoProcessor(**video),
+    )

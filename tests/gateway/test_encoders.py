@@ -1,0 +1,146 @@
+"""The gateway's side of the vision encoders: placement, upload, errors, absence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from gateway.harness import FakeDecoder, FakeEncoder, Stack, png
+
+from chiasm import errors
+from chiasm.client import AsyncClient, Tokens, assistant, image, user
+from chiasm.membership import MemberInfo, Role
+from chiasm.services.gateway.encoders import rank
+from chiasm.services.gateway.media import data_uri, digest
+from chiasm.types import MediaKind
+
+
+@pytest.fixture
+async def client(stack: Stack, decoder: FakeDecoder) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(stack.address, timeout_s=20.0) as opened:
+        yield opened
+
+
+def members(*addresses: str) -> list[MemberInfo]:
+    return [MemberInfo(member_id=a, role=Role.VISION_ENCODER, address=a) for a in addresses]
+
+
+@pytest.mark.parametrize("gone", ["a:1", "b:1", "c:1"])
+def test_only_the_share_of_an_encoder_that_goes_is_moved(gone: str) -> None:
+    every = members("a:1", "b:1", "c:1")
+    left = [member for member in every if member.address != gone]
+    homes = [rank(f"digest {i}", every)[0].address for i in range(300)]
+    assert all(60 < homes.count(m.address) < 140 for m in every)
+    for i, home in enumerate(homes):
+        if home != gone:
+            assert rank(f"digest {i}", left)[0].address == home
+
+
+@pytest.mark.parametrize("field", ["image", "header.size_bytes"])
+async def test_error_is_told_in_terms_of_a_chat(
+    field: str, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    encoder.failures.append(errors.InvalidArgument(field, "cannot be decoded"))
+    prompt = [user("one"), assistant("two"), user("see", image(png()))]
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await client.complete(prompt)
+    assert caught.value.field == "chat.messages[2].parts[1].image"
+    assert caught.value.description == "cannot be decoded"
+
+
+async def test_error_is_told_in_terms_of_tokens(
+    stack: Stack, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    placeholder = stack.config.tokens.image
+    prompt = Tokens(token_ids=[placeholder, 5], images=[image(png())])
+    encoder.failures.append(errors.InvalidArgument("image", "cut short"))
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await client.complete(prompt)
+    assert caught.value.field == "tokens.images[0]"
+
+
+async def test_other_refusals_are_ours(encoder: FakeEncoder, client: AsyncClient) -> None:
+    encoder.failures.append(errors.InvalidArgument("header.digest", "differs"))
+    with pytest.raises(errors.Internal):
+        await client.complete([user(image(png()))])
+
+
+async def test_no_encoder_parks_vision_while_text_goes_on(client: AsyncClient) -> None:
+    parked = asyncio.create_task(client.complete([user(image(png()))]))
+    assert (await client.complete("text goes on")).finish_reason == "stop"
+    assert not parked.done()
+    with pytest.raises(errors.Unavailable) as caught:
+        await parked
+    assert (caught.value.reason, caught.value.retry_after_s) == ("ENCODER_UNAVAILABLE", 1.0)
+
+
+async def test_parked_request_goes_on_when_the_encoder_comes(
+    stack: Stack, client: AsyncClient
+) -> None:
+    parked = asyncio.create_task(client.complete([user(image(png()))]))
+    await asyncio.sleep(0.1)
+    await stack.add_encoder()
+    assert (await parked).usage.prompt_image_tokens == 6
+
+
+async def test_dead_encoder_is_replaced(stack: Stack, client: AsyncClient) -> None:
+    encoders = {e.address: e for e in (await stack.add_encoder(), await stack.add_encoder())}
+    data = png()
+    home = rank(digest(MediaKind.IMAGE, data), stack.directory.current.encoders())[0].address
+    await stack.kill(home)
+    result = await client.complete([user(image(data))])
+    assert result.usage.prompt_image_tokens == 6
+    assert [len(e.headers) for a, e in encoders.items() if a != home] == [1]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [errors.Unavailable("loading"), errors.ResourceExhausted("full", retry_after_s=0.1)],
+)
+async def test_encoder_that_refuses_is_asked_again(
+    refusal: errors.ChiasmError, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    encoder.failures.append(refusal)
+    assert (await client.complete([user(image(png()))])).usage.prompt_image_tokens == 6
+    assert len(encoder.headers) == 2
+
+
+async def test_full_encoders_are_reported_as_such(
+    encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    encoder.failures.extend(
+        errors.ResourceExhausted("full", reason="ENCODER_FULL", retry_after_s=2.0)
+        for _ in range(50)
+    )
+    with pytest.raises(errors.ResourceExhausted) as caught:
+        await client.complete([user(image(png()))])
+    assert (caught.value.reason, caught.value.retry_after_s) == ("ENCODER_FULL", 2.0)
+
+
+async def test_cached_item_is_not_uploaded(encoder: FakeEncoder, client: AsyncClient) -> None:
+    data = png()
+    encoder.cached.add(digest(MediaKind.IMAGE, data))
+    assert (await client.complete([user(image(data))])).usage.prompt_image_tokens == 6
+    assert encoder.bytes_received == 0
+
+
+@pytest.mark.parametrize(
+    ("uri", "data"),
+    [
+        ("data:image/png;base64,AAEC", b"\0\1\2"),
+        ("DATA:;base64,AAE", b"\0\1"),
+        ("data:text/plain;charset=utf-8;base64,AA%3D%3D", b"\0"),
+        ("data:,a%20b", b"a b"),
+        ("data:application/octet-stream,%00%ff", b"\x00\xff"),
+        ("data:;base64,AA\n EC", b"\0\1\2"),
+    ],
+)
+def test_data_uri(uri: str, data: bytes) -> None:
+    assert data_uri(uri, field="f", max_bytes=100) == data
+
+
+def test_long_data_uri_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        data_uri("data:;base64," + "A" * 10_000, field="f", max_bytes=100)
+    assert caught.value.field == "f"

@@ -1,0 +1,428 @@
+"""Generations through the gateway: events, text, hand-over to other decoders, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gateway.harness import (
+    GRIDS,
+    TOKENS,
+    FakeDecoder,
+    FakeEncoder,
+    Stack,
+    finished_event,
+    png,
+    running,
+    tokens_event,
+)
+from google_crc32c import value as crc32c
+from prometheus_client import REGISTRY
+
+from chiasm import errors
+from chiasm.client import AsyncClient, Delta, Sampling, Started, Tokens, image, user
+from chiasm.services.gateway import media as media_rules
+from chiasm.types import MediaKind
+from chiasm.v1 import common_pb2, decoder_pb2, tensor_pb2
+
+DecodeEvents = AsyncIterator[decoder_pb2.DecodeEvent]
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(stack.address, timeout_s=20.0) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+async def ledger() -> AsyncIterator[None]:
+    """Whatever a test does, the ledger balances in the end."""
+
+    def open_calls() -> float:
+        finished = _sum("chiasm_requests_finished_total") + _sum("chiasm_requests_failed_total")
+        return _sum("chiasm_requests_accepted_total") - finished
+
+    before = open_calls()
+    yield
+    for _ in range(200):
+        if open_calls() == before and _sum("chiasm_requests_in_flight") == before:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail(f"{open_calls() - before} calls are neither finished nor failed")
+
+
+def _sum(sample: str) -> float:
+    return sum(s.value for metric in REGISTRY.collect() for s in metric.samples if s.name == sample)
+
+
+def _failed(reason: str) -> float:
+    return REGISTRY.get_sample_value("chiasm_requests_failed_total", {"reason": reason}) or 0.0
+
+
+def ids(stack: Stack, text: str) -> list[int]:
+    return stack.tokenizer.encode(text)
+
+
+async def test_text_request(stack: Stack, decoder: FakeDecoder, client: AsyncClient) -> None:
+    decoder.token_ids = [*ids(stack, "The answer is yes."), 2]
+    result = await client.complete(
+        "Hello!", sampling=Sampling(temperature=0, seed=7, top_k=3), request_id="my-id"
+    )
+    assert result.text == "The answer is yes."
+    assert list(result.token_ids) == decoder.token_ids
+    assert (result.request_id, result.model, result.finish_reason) == ("my-id", "tiny", "stop")
+    sent = decoder.requests[0]
+    assert list(sent.token_ids) == list(result.prompt_token_ids)
+    assert sent.token_types == bytes(len(sent.token_ids))
+    assert (sent.sampling.temperature, sent.sampling.seed, sent.sampling.top_k) == (0, 7, 3)
+    assert sent.sampling.max_tokens == 4096 - len(sent.token_ids)
+    assert result.usage.prompt_tokens == result.usage.prompt_text_tokens == len(sent.token_ids)
+    assert result.usage.completion_tokens == len(decoder.token_ids)
+    assert (result.timings.prefill_ns, result.timings.decode_ns) == (7, 9)
+    assert result.timings.total_ns > result.timings.layout_ns > 0
+    assert result.timings.encode_ns == 0
+
+
+async def test_max_tokens_ends_with_length(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    result = await client.complete("Hello!", sampling=Sampling(max_tokens=2))
+    assert (result.finish_reason, len(result.token_ids)) == ("length", 2)
+
+
+@pytest.mark.parametrize("text", ["図片🙂 ok", "naïve é", "🙂"])
+async def test_partial_characters_are_held_back(
+    text: str, stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    decoder.token_ids = ids(stack, text)
+    assert len(decoder.token_ids) > 1
+    deltas = [e async for e in client.generate("x") if isinstance(e, Delta)]
+    assert "".join(delta.text for delta in deltas) == text
+    assert all("\ufffd" not in delta.text for delta in deltas)
+
+
+async def test_unfinished_character_is_flushed(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    decoder.token_ids = ids(stack, "🙂")[:-1]
+    result = await client.complete("x")
+    assert result.text == stack.tokenizer.decode(decoder.token_ids)
+    assert result.text.endswith("\ufffd")
+
+
+async def test_stop_token_is_counted_but_not_text(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    decoder.token_ids = ids(stack, "The answer")
+    stop = decoder.token_ids[-1]
+    result = await client.complete("x", sampling=Sampling(stop_token_ids=[stop]))
+    assert list(result.token_ids) == decoder.token_ids
+    assert result.text == stack.tokenizer.decode(decoder.token_ids[:-1])
+
+
+async def test_media_are_laid_out(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    data, tokens = png(), stack.config.tokens
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    result = await client.complete([user(image(data), "and", image(png(50, 50)), image(uri))])
+    sent = decoder.requests[0]
+    assert len(encoder.headers) == 2  # the repeated image is encoded once
+    assert [m.digest for m in sent.media][0::2] == [media_rules.digest(MediaKind.IMAGE, data)] * 2
+    for ref in sent.media:
+        assert (ref.kind, ref.encoder_address) == (common_pb2.MEDIA_KIND_IMAGE, encoder.address)
+        assert (ref.grid, ref.num_tokens) == (GRIDS[ref.kind], TOKENS[ref.kind])
+        end = ref.offset + ref.num_tokens
+        assert set(sent.token_ids[ref.offset : end]) == {tokens.image}
+        assert sent.token_ids[ref.offset - 1] == tokens.image_start
+        assert sent.token_types[ref.offset - 1 : end + 1] == b"\1" * (ref.num_tokens + 2)
+    assert result.usage.prompt_image_tokens == 18
+    assert result.usage.prompt_video_tokens == 0
+    assert result.usage.prompt_text_tokens == len(sent.token_ids) - 18
+    assert result.timings.encode_ns > 0
+
+
+async def test_tokenised_prompt_and_count_agree(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    tokens = stack.config.tokens
+    wrapped = [9, tokens.image_start, tokens.image, tokens.image_end, 8]
+    prompt = Tokens(token_ids=wrapped, images=[image(png())])
+    result = await client.complete(prompt)
+    expected = [9, tokens.image_start, *[tokens.image] * 6, tokens.image_end, 8]
+    assert list(result.prompt_token_ids) == expected
+    usage = await client.count_tokens(prompt)
+    assert (usage.prompt_tokens, usage.prompt_image_tokens) == (10, 6)
+    assert len(decoder.requests) == 1
+
+
+async def test_prompt_logits_pass_through(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    logits = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        for start in (0, 3):
+            rows = logits[start : start + 3]
+            data = rows.tobytes()
+            wire = tensor_pb2.Tensor(
+                dtype=tensor_pb2.DTYPE_FLOAT32, shape=rows.shape, data=data, crc32c=crc32c(data)
+            )
+            chunk = tensor_pb2.TensorChunk(row_offset=start, total_rows=4, rows=wire)
+            yield decoder_pb2.DecodeEvent(prompt_logits=chunk)
+        yield tokens_event(5)
+        yield finished_event()
+
+    decoder.scripts.append(script)
+    result = await client.complete("x", prompt_logits=True)
+    assert decoder.requests[0].prompt_logits
+    assert result.prompt_logits is not None
+    np.testing.assert_array_equal(result.prompt_logits, logits)
+
+
+async def test_request_id_trace_and_deadline_travel(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, stub: Any
+) -> None:
+    from gateway.test_validation import chat
+    from gateway.test_validation import image as part
+
+    request = chat(part(png()))
+    request.request_id = "travels"
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    metadata = (("traceparent", f"00-{trace_id}-b7ad6b7169203331-01"),)
+    async for _ in stub.Generate(request, timeout=15, metadata=metadata):
+        pass
+    for seen in (decoder.metadata[0], encoder.metadata[0]):
+        assert seen["x-request-id"] == "travels"
+        assert seen["traceparent"].split("-")[1] == trace_id
+    left_s = decoder.time_left_s[0]
+    assert left_s is not None
+    assert 0 < left_s <= 15
+
+
+async def test_id_in_flight_twice(stack: Stack, decoder: FakeDecoder, client: AsyncClient) -> None:
+    release = asyncio.Event()
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+        await release.wait()
+        yield finished_event()
+
+    decoder.scripts.append(script)
+    first = client.generate("x", request_id="twin")
+    assert isinstance(await anext(first), Started)
+    with pytest.raises(errors.AlreadyExists):
+        await client.complete("x", request_id="twin")
+    release.set()
+    assert [e async for e in first]
+    assert (await client.complete("x", request_id="twin")).finish_reason == "stop"
+
+
+async def test_too_many_in_flight(tiny_checkpoint: Path) -> None:
+    async with running(tiny_checkpoint, max_in_flight=1) as stack:
+        decoder = await stack.add_decoder()
+        release = asyncio.Event()
+
+        async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+            await release.wait()
+            yield finished_event()
+
+        decoder.scripts.append(script)
+        async with AsyncClient(stack.address, timeout_s=20.0) as client:
+            first = client.generate("x")
+            await anext(first)
+            with pytest.raises(errors.ResourceExhausted) as caught:
+                await client.complete("x")
+            assert caught.value.retry_after_s == 1.0
+            release.set()
+            assert [e async for e in first]
+
+
+async def test_client_that_leaves_cancels_the_decoder(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+        await asyncio.sleep(60)
+
+    before = _failed("CANCELLED")
+    decoder.scripts.append(script)
+    events = client.generate("x")
+    await anext(events)
+    await anext(events)
+    await events.aclose()  # type: ignore[attr-defined]
+    await asyncio.wait_for(decoder.cancelled.wait(), 5)
+    for _ in range(200):
+        if _failed("CANCELLED") == before + 1:
+            break
+        await asyncio.sleep(0.01)
+    assert _failed("CANCELLED") == before + 1
+
+
+async def test_deadline_cancels_the_encoder(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    encoder.is_stuck = True
+    before = _failed("DEADLINE_EXCEEDED")
+    with pytest.raises(errors.DeadlineExceeded):
+        await client.complete([user(image(png()))], timeout_s=0.3)
+    await asyncio.wait_for(encoder.cancelled.wait(), 5)
+    for _ in range(200):
+        if _failed("DEADLINE_EXCEEDED") == before + 1:
+            break
+        await asyncio.sleep(0.01)
+    assert _failed("DEADLINE_EXCEEDED") == before + 1
+    assert not decoder.requests
+
+
+async def test_gateway_sets_a_deadline_itself(tiny_checkpoint: Path) -> None:
+    from gateway.test_validation import chat, refusal, text
+
+    from chiasm.transport.channel import open_channel
+    from chiasm.v1 import inference_pb2_grpc
+
+    async with running(tiny_checkpoint, default_timeout_s=0.3) as stack:
+        decoder = await stack.add_decoder()
+
+        async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+            await asyncio.sleep(60)
+            yield finished_event()
+
+        decoder.scripts.append(script)
+        async with open_channel(stack.address, max_message_bytes=1 << 20) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            error = await asyncio.wait_for(refusal(stub.Generate(chat(text("x")))), 10)
+        assert isinstance(error, errors.DeadlineExceeded)
+        await asyncio.wait_for(decoder.cancelled.wait(), 5)
+
+
+async def test_dead_decoder_is_replaced_before_the_first_token(
+    stack: Stack, client: AsyncClient
+) -> None:
+    first, second = await stack.add_decoder(), await stack.add_decoder()
+    await stack.kill(first.address)
+    result = await client.complete("x")
+    assert result.finish_reason == "stop"
+    assert len(second.requests) == 1
+
+
+async def test_refusing_decoder_is_replaced_before_the_first_token(
+    stack: Stack, client: AsyncClient
+) -> None:
+    decoders = [await stack.add_decoder(), await stack.add_decoder()]
+
+    async def refuse(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        raise errors.ResourceExhausted("full", retry_after_s=1.0)
+        yield
+
+    chosen = min(decoders, key=lambda decoder: decoder.address)
+    chosen.scripts.append(refuse)
+    assert (await client.complete("x")).finish_reason == "stop"
+    assert sorted(len(decoder.requests) for decoder in decoders) == [1, 1]
+
+
+async def test_decoder_lost_after_the_first_token(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+        raise errors.Unavailable("gone")
+
+    decoder.scripts.append(script)
+    events = client.generate("x")
+    assert isinstance(await anext(events), Started)
+    assert isinstance(await anext(events), Delta)
+    with pytest.raises(errors.Unavailable) as caught:
+        await anext(events)
+    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 1.0)
+
+
+async def test_work_is_spread_over_decoders(stack: Stack, client: AsyncClient) -> None:
+    decoders = [await stack.add_decoder() for _ in range(3)]
+    release = asyncio.Event()
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        await release.wait()
+        yield finished_event()
+
+    for decoder in decoders:
+        decoder.scripts.extend([script] * 6)
+    calls = [asyncio.create_task(client.complete("x")) for _ in range(6)]
+    while sum(len(decoder.requests) for decoder in decoders) < 6:  # noqa: ASYNC110 - polls a fake
+        await asyncio.sleep(0.01)
+    assert [len(decoder.requests) for decoder in decoders] == [2, 2, 2]
+    release.set()
+    await asyncio.gather(*calls)
+
+
+async def evicted(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+    raise errors.NotFound("evicted", reason="EMBEDDING_EVICTED")
+    yield
+
+
+@pytest.mark.parametrize("num_evictions", [1, 2])
+async def test_evicted_embeddings_are_encoded_again(
+    num_evictions: int,
+    stack: Stack,
+    decoder: FakeDecoder,
+    encoder: FakeEncoder,
+    client: AsyncClient,
+) -> None:
+    decoder.scripts.extend([evicted] * num_evictions)
+    result = await client.complete([user(image(png()), "what?")])
+    assert result.finish_reason == "stop"
+    assert len(encoder.headers) == len(decoder.requests) == num_evictions + 1
+
+
+async def test_eviction_without_end(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    decoder.scripts.extend([evicted] * 9)
+    with pytest.raises(errors.Unavailable) as caught:
+        await client.complete([user(image(png()), "what?")])
+    assert caught.value.reason == "EMBEDDING_EVICTED"
+    assert caught.value.retry_after_s is not None
+    assert len(decoder.requests) == 3
+
+
+async def test_stream_without_end_event(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+
+    decoder.scripts.append(script)
+    with pytest.raises(errors.Internal):
+        await client.complete("x")
+
+
+async def test_no_decoder_parks_then_gives_up(stack: Stack, client: AsyncClient) -> None:
+    with pytest.raises(errors.Unavailable) as caught:
+        await client.complete("x")
+    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_UNAVAILABLE", 1.0)
+
+
+async def test_parked_request_goes_on_when_the_decoder_comes(
+    tiny_checkpoint: Path,
+) -> None:
+    async with (
+        running(tiny_checkpoint) as stack,
+        AsyncClient(stack.address, timeout_s=20.0) as client,
+    ):
+        call = asyncio.create_task(client.complete("x"))
+        await asyncio.sleep(0.1)
+        await stack.add_decoder()
+        assert (await call).finish_reason == "stop"
+
+
+async def test_get_model(stack: Stack, client: AsyncClient) -> None:
+    await client.wait_ready(5)
+    model = await client.get_model()
+    assert (model.name, model.max_context_tokens) == ("tiny", 4096)
+    assert (model.max_media_items, model.max_media_bytes) == (3, 100_000)
+    assert model.vocab_size == stack.config.text.vocab_size

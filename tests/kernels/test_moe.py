@@ -1,0 +1,98 @@
+"""Shard partials against a loop over single tokens and experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.types import shard_experts
+
+TOLERANCE = 2e-5
+
+
+def bank(
+    experts: int, hidden: int, width: int, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    gate_up = torch.randn(experts, 2 * width, hidden, generator=g) / hidden**0.5
+    down = torch.randn(experts, hidden, width, generator=g) / width**0.5
+    return gate_up.to(dtype), down.to(dtype)
+
+
+def routing(tokens: int, experts: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(experts, generator=g)[:k] for _ in range(tokens)])
+    return ids.to(torch.int32), torch.rand(tokens, k, generator=g)
+
+
+def shard_of(gate_up: torch.Tensor, down: torch.Tensor, experts: range) -> ShardWeights:
+    rows = slice(experts.start, experts.stop)
+    return ShardWeights(first=experts.start, gate_up=gate_up[rows], down=down[rows])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "width", "experts", "k", "shards"),
+    [(1, 8, 4, 4, 2, 1), (13, 16, 12, 16, 4, 4), (40, 32, 8, 64, 6, 8), (6, 8, 8, 7, 3, 3)],
+)
+def test_partials_of_all_shards_add_up_to_the_definition(
+    tokens: int, hidden: int, width: int, experts: int, k: int, shards: int
+) -> None:
+    gate_up, down = bank(experts, hidden, width, seed=tokens)
+    ids, weights = routing(tokens, experts, k, seed=shards)
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(9))
+    total = torch.zeros(tokens, hidden)
+    for shard in range(shards):
+        held = shard_experts(shard, shards, experts)
+        rows, values = shard_partial(x, ids, weights, shard_of(gate_up, down, held))
+        expected = [t for t in range(tokens) if any(int(e) in held for e in ids[t])]
+        assert rows.tolist() == expected
+        total[rows.long()] += values
+    for t in range(tokens):
+        out = torch.zeros(hidden)
+        for e, w in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
+            gate, up = (gate_up[e] @ x[t]).chunk(2)
+            out += w * (down[e] @ (F.silu(gate) * up))
+        assert torch.allclose(total[t], out, atol=TOLERANCE)
+
+
+def test_all_tokens_to_one_expert_and_an_idle_shard() -> None:
+    gate_up, down = bank(8, 16, 4, seed=1)
+    ids = torch.full((5, 1), 6, dtype=torch.int32)
+    weights = torch.ones(5, 1)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    busy = shard_partial(x, ids, weights, shard_of(gate_up, down, range(4, 8)))
+    idle = shard_partial(x, ids, weights, shard_of(gate_up, down, range(4)))
+    assert busy[0].tolist() == [0, 1, 2, 3, 4]
+    assert idle[0].numel() == 0
+    assert idle[1].shape == (0, 16)
+
+
+def test_same_dispatch_gives_the_same_bits_whatever_shares_the_server() -> None:
+    """Two shards held together compute what each of them computes alone."""
+    gate_up, down = bank(16, 64, 32, seed=3, dtype=torch.bfloat16)
+    ids, weights = routing(50, 16, 4, seed=4)
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    shards = [shard_of(gate_up, down, shard_experts(s, 4, 16)) for s in range(4)]
+    first = [shard_partial(x, ids, weights, s) for s in shards]
+    again = [shard_partial(x, ids, weights, s) for s in reversed(shards)][::-1]
+    for (rows, values), (rows2, values2) in zip(first, again, strict=True):
+        assert torch.equal(rows, rows2)
+        assert torch.equal(values, values2)
+
+
+def test_products_and_sum_are_float32_in_bfloat16() -> None:
+    gate_up, down = bank(4, 32, 16, seed=6, dtype=torch.bfloat16)
+    ids, weights = routing(3, 4, 4, seed=7)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(8)).bfloat16()
+    _, values = shard_partial(x, ids, weights, shard_of(gate_up, down, range(4)))
+    expected = torch.zeros(3, 32)
+    for expert in range(4):
+        for t in range(3):
+            k = ids[t].tolist().index(expert)
+            gate, up = F.linear(x[t], gate_up[expert]).chunk(2)
+            out = F.linear(F.silu(gate) * up, down[expert])
+            expected[t] += out.float() * weights[t, k]
+    assert values.dtype is torch.float32
+    assert torch.allclose(values, expected, atol=0.02)

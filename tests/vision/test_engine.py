@@ -1,0 +1,215 @@
+"""The encoder's engine over a model that waits for the test."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import torch
+
+from chiasm import errors
+from chiasm.model.patches import Patches
+from chiasm.services.vision_encoder.engine import EncoderEngine
+from chiasm.types import Grid, MediaKind
+
+IMAGE = MediaKind.IMAGE
+GRID = Grid(1, 4, 6)
+TOKENS = 6
+ITEM_BYTES = TOKENS * 8 * 4
+WAIT_S = 10
+
+
+class FakeModel:
+    """Every file has the grid of its class; b"bad" cannot be decoded, b"defect" fails in the ViT.
+
+    `decoding` and `gate` hold the two stages back while they are clear.
+    """
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.decoding = threading.Event()
+        self.decoding.set()
+        self.embedded: list[bytes] = []
+        self.preprocessed: list[bytes] = []
+        self.pixels: dict[int, bytes] = {}
+
+    def plan(self, data: bytes, kind: MediaKind) -> Grid:
+        return GRID
+
+    def embedding_bytes(self, grid: Grid) -> int:
+        return ITEM_BYTES
+
+    def preprocess(self, data: bytes, kind: MediaKind) -> Patches:
+        assert self.decoding.wait(WAIT_S)
+        self.preprocessed.append(data)
+        if data == b"bad":
+            raise errors.InvalidArgument(kind, "cannot be decoded")
+        patches = Patches(pixels=torch.zeros(24, 588), grid=GRID)
+        self.pixels[id(patches)] = data
+        return patches
+
+    def embed(self, patches: Patches) -> torch.Tensor:
+        assert self.gate.wait(WAIT_S)
+        data = self.pixels.pop(id(patches))
+        if data == b"defect":
+            raise RuntimeError("defect")
+        self.embedded.append(data)
+        return torch.full((TOKENS, 8), float(data[0]))
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    return FakeModel()
+
+
+@pytest.fixture
+async def engine(model: FakeModel) -> AsyncIterator[EncoderEngine]:
+    engine = EncoderEngine(model, cache_bytes=3 * ITEM_BYTES, max_queue_patches=4 * 24)
+    engine.start()
+    yield engine
+    model.decoding.set()
+    model.gate.set()
+    await engine.close()
+
+
+def begin(engine: EncoderEngine, name: bytes) -> asyncio.Task[object]:
+    return asyncio.create_task(engine.encode(name.decode(), IMAGE, name))
+
+
+async def until(predicate: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not predicate():  # noqa: ASYNC110  # what is waited for happens on a thread
+            await asyncio.sleep(0.001)
+
+
+async def until_queued(engine: EncoderEngine, num_items: int) -> None:
+    await until(lambda: engine.load().queued_items == num_items)
+
+
+async def test_encodes_then_answers_from_the_cache(engine: EncoderEngine, model: FakeModel) -> None:
+    first = await engine.encode("a", IMAGE, b"a")
+    assert (first.grid, first.num_tokens, first.cached) == (GRID, TOKENS, False)
+    again = await engine.find("a")
+    assert again is not None
+    assert again.cached
+    assert (again.queue_ns, again.preprocess_ns, again.compute_ns) == (0, 0, 0)
+    assert await engine.find("b") is None
+    assert torch.equal(engine.embeddings("a"), torch.full((TOKENS, 8), float(ord("a"))))
+    assert model.embedded == [b"a"]
+    load = engine.load()
+    assert (load.queued_items, load.encoded_patches, load.cache_bytes) == (0, 24, ITEM_BYTES)
+
+
+async def test_same_digest_is_computed_once(engine: EncoderEngine, model: FakeModel) -> None:
+    model.gate.clear()
+    tasks = [begin(engine, b"a") for _ in range(5)]
+    await until_queued(engine, 1)
+    joined = asyncio.create_task(engine.find("a"))
+    await asyncio.sleep(0)
+    model.gate.set()
+    results = await asyncio.gather(*tasks, joined)
+    assert model.embedded == [b"a"]
+    assert {r.digest for r in results if r} == {"a"}
+
+
+async def test_eviction_is_told_by_reason(engine: EncoderEngine) -> None:
+    for name in (b"a", b"b", b"c", b"d"):
+        await engine.encode(name.decode(), IMAGE, name)
+    with pytest.raises(errors.NotFound) as caught:
+        engine.embeddings("a")
+    assert caught.value.reason == "EMBEDDING_EVICTED"
+    assert engine.load().cache_bytes == 3 * ITEM_BYTES
+
+
+async def test_full_queue_refuses_and_recovers(engine: EncoderEngine, model: FakeModel) -> None:
+    model.gate.clear()
+    tasks = [begin(engine, name) for name in (b"a", b"b", b"c", b"d")]
+    await until_queued(engine, 4)
+    assert engine.load().queued_patches == 4 * 24
+    with pytest.raises(errors.ResourceExhausted) as caught:
+        await engine.encode("e", IMAGE, b"e")
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s > 0
+    model.gate.set()
+    await asyncio.gather(*tasks)
+    assert engine.load().queued_patches == 0
+    assert not (await engine.encode("e", IMAGE, b"e")).cached
+
+
+async def test_item_larger_than_the_queue_is_taken_when_alone(model: FakeModel) -> None:
+    engine = EncoderEngine(model, cache_bytes=ITEM_BYTES, max_queue_patches=1)
+    engine.start()
+    assert (await engine.encode("a", IMAGE, b"a")).num_tokens == TOKENS
+    await engine.close()
+
+
+async def test_item_larger_than_the_cache_is_refused(model: FakeModel) -> None:
+    engine = EncoderEngine(model, cache_bytes=ITEM_BYTES - 1, max_queue_patches=100)
+    engine.start()
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await engine.encode("a", IMAGE, b"a")
+    assert caught.value.field == "image"
+    assert not model.preprocessed
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [(b"bad", errors.InvalidArgument), (b"defect", RuntimeError)]
+)
+async def test_failure_reaches_its_own_waiters_alone(
+    engine: EncoderEngine, model: FakeModel, name: bytes, error: type[Exception]
+) -> None:
+    model.decoding.clear()
+    tasks = [begin(engine, n) for n in (b"a", name, name, b"b")]
+    await until_queued(engine, 3)
+    model.decoding.set()
+    good, bad, bad_too, good_too = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(bad, error)
+    assert isinstance(bad_too, error)
+    assert sorted(model.embedded) == [b"a", b"b"]
+    assert not isinstance(good, BaseException)
+    assert not isinstance(good_too, BaseException)
+    await engine.wait_idle()
+
+
+async def test_abandoned_item_is_dropped_before_it_starts(
+    engine: EncoderEngine, model: FakeModel
+) -> None:
+    """a is in the ViT, b prepared, c blocks the preprocessing stage: d has not started."""
+    model.gate.clear()
+    tasks = {}
+    for i, name in enumerate((b"a", b"b", b"c")):
+        tasks[name] = begin(engine, name)
+        await until(lambda i=i: len(model.preprocessed) == i + 1)
+    waiters = [begin(engine, b"d"), begin(engine, b"d")]
+    await until_queued(engine, 4)
+
+    waiters[0].cancel()
+    await asyncio.wait({waiters[0]})
+    assert engine.load().queued_items == 4, "one waiter is left"
+    waiters[1].cancel()
+    await asyncio.wait({waiters[1]})
+    assert (engine.load().queued_items, engine.load().queued_patches) == (3, 72)
+
+    tasks[b"b"].cancel()  # prepared already: dropped before the ViT
+    model.gate.set()
+    await asyncio.gather(tasks[b"a"], tasks[b"c"])
+    await engine.wait_idle()
+    assert model.embedded == [b"a", b"c"]
+    assert model.preprocessed == [b"a", b"b", b"c"]
+    assert not (await engine.encode("d", IMAGE, b"d")).cached
+
+
+async def test_close_frees_those_who_wait(model: FakeModel) -> None:
+    engine = EncoderEngine(model, cache_bytes=ITEM_BYTES, max_queue_patches=100)
+    engine.start()
+    model.gate.clear()
+    tasks = [begin(engine, name) for name in (b"a", b"b")]
+    await until_queued(engine, 2)
+    model.gate.set()
+    await engine.close()
+    await asyncio.wait(tasks, timeout=WAIT_S)
+    assert all(task.done() for task in tasks)
