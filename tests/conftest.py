@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from chiasm.model.synth import synthesize
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
-sys.path.insert(0, str(Path(__file__).parent))  # from checkpoint.converters import reference_model
 
 # torchvision's wheel expects the CUDA build of torch; beside a CPU torch its import fails for want
 # of these two operators' schemas. The transforms that transformers' processors use call neither.

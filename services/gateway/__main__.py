@@ -39,7 +39,7 @@ def build(settings: GatewaySettings, process: service.ServiceProcess) -> service
         load=load,
         # Text is answered even while the vision side is away; nothing is without a decoder.
         is_ready=lambda topology: bool(topology.decoders()),
-        drain=servicer.wait_idle,
+        drain=servicer.drain,
         close=channels.close,
         watch_topology=True,
     )

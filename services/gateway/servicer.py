@@ -27,6 +27,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._settings = settings
         self.engine: Engine | None = None
         self._ids: set[str] = set()
+        self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -80,8 +81,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             dtype=settings.dtype,
         )
 
-    async def wait_idle(self) -> None:
-        """Returns once nothing is in flight."""
+    async def drain(self) -> None:
+        """Refuses new calls and returns once nothing is in flight."""
+        self._is_draining = True
         await self._idle.wait()
 
     def _loaded(self) -> Engine:
@@ -100,6 +102,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     @contextlib.contextmanager
     def _slot(self, call_id: str) -> Iterator[None]:
         """A place among the calls in flight, under an id that no other one has."""
+        if self._is_draining:
+            raise errors.Unavailable(
+                "the gateway is shutting down",
+                reason="DRAINING",
+                retry_after_s=self._settings.retry_after_s,
+            )
         if call_id in self._ids:
             raise errors.AlreadyExists(
                 f"request {call_id} is in flight", reason="REQUEST_IN_FLIGHT", field="request_id"

@@ -23,6 +23,7 @@ from chiasm.v1 import inference_pb2
 
 _MAX_REQUEST_ID_CHARS = 128
 _REQUEST_ID = re.compile(r"[\x21-\x7e]+")
+_MAX_PARTS = 65_536
 _ROLES = ("system", "user", "assistant")
 
 
@@ -85,6 +86,7 @@ class Validator:
     def _chat(self, chat: inference_pb2.Chat) -> Conversation:
         if not chat.messages:
             raise errors.InvalidArgument("chat.messages", "there are no messages")
+        self._bound_text(chat)
         messages = tuple(_message(m, f"chat.messages[{i}]") for i, m in enumerate(chat.messages))
         for i, message in enumerate(messages[1:], start=1):
             if message.role == "system":
@@ -96,15 +98,19 @@ class Validator:
                 f"chat.messages[{len(messages) - 1}].role",
                 "the last message must be the user's or the assistant's",
             )
-        self._text(messages)
         return Conversation(messages=messages, enable_thinking=chat.enable_thinking)
 
-    def _text(self, messages: Iterable[Message]) -> None:
-        num_bytes = 0
-        for i, message in enumerate(messages):
+    def _bound_text(self, chat: inference_pb2.Chat) -> None:
+        """Bounds what will be made of the chat: its text, and its parts, however small."""
+        num_bytes = num_parts = 0
+        for i, message in enumerate(chat.messages):
+            num_parts += max(len(message.parts), 1)
+            if num_parts > _MAX_PARTS:
+                raise errors.InvalidArgument(
+                    f"chat.messages[{i}]", f"there are more than {_MAX_PARTS} parts in all"
+                )
             for j, part in enumerate(message.parts):
-                if isinstance(part, Text):
-                    num_bytes += len(part.text.encode())
+                num_bytes += len(part.text.encode())
                 if num_bytes > self._max_text_bytes:
                     raise errors.InvalidArgument(
                         f"chat.messages[{i}].parts[{j}].text",
@@ -112,8 +118,16 @@ class Validator:
                     )
 
     def _tokens(self, tokens: inference_pb2.TokenPrompt) -> TokenIds:
-        if not tokens.token_ids:
+        num_ids = len(tokens.token_ids)
+        if not num_ids:
             raise errors.InvalidArgument("tokens.token_ids", "there are no tokens")
+        if num_ids >= self._max_context_tokens:
+            raise errors.InvalidArgument(
+                "tokens.token_ids",
+                f"{num_ids} tokens leave no room in the context of {self._max_context_tokens}",
+            )
+        if len(tokens.images) + len(tokens.videos) > num_ids:
+            raise errors.InvalidArgument("tokens.token_ids", "there are more media than tokens")
         self._ids("tokens.token_ids", tokens.token_ids)
         return TokenIds(
             token_ids=tuple(tokens.token_ids),

@@ -108,9 +108,8 @@ def _randomised(config: Any, seed: int) -> Any:
             elif p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.1)
             else:
-                p.copy_(
-                    torch.randn_like(p) * (0.3 if "gate.weight" in name else p.shape[-1] ** -0.5)
-                )
+                scale = 0.3 if "gate.weight" in name else p.shape[-1] ** -0.5
+                p.copy_(torch.randn_like(p) * scale)
     return model
 
 

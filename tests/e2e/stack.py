@@ -20,7 +20,7 @@ STOP_TIMEOUT_S = 30.0
 
 @contextmanager
 def up(model: Path, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Client]:
-    """A client of a running stack; asserts the one line it prints and that SIGTERM ends it with 0."""
+    """A client of a running stack; asserts its one line, and that SIGTERM ends it with 0."""
     command = [sys.executable, "-m", "chiasm", "up", "--model", str(model), "--port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

@@ -264,6 +264,35 @@ async def test_client_that_leaves_cancels_the_decoder(
     assert _failed("CANCELLED") == before + 1
 
 
+async def test_client_that_does_not_read_and_leaves(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    """The gateway is cancelled while it writes, not while it waits for the decoder."""
+    num_sent = 0
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        nonlocal num_sent
+        for num_sent in range(1, 10_000):  # noqa: B007 - counts what flow control lets through
+            yield tokens_event(*[5] * 5000)
+
+    decoder.scripts.append(script)
+    events = client.generate("x", request_id="slow")
+    await anext(events)
+    last = -1
+    while num_sent != last or not num_sent:
+        last = num_sent
+        await asyncio.sleep(0.2)
+    assert num_sent < 9_999
+    await events.aclose()  # type: ignore[attr-defined]
+    for _ in range(100):
+        try:
+            await client.complete("x", request_id="slow")
+            return
+        except errors.AlreadyExists:
+            await asyncio.sleep(0.02)
+    pytest.fail("the id is still held")
+
+
 async def test_deadline_cancels_the_encoder(
     stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
 ) -> None:

@@ -100,6 +100,7 @@ CASES: dict[str, tuple[Callable[[], pb.GenerateRequest], str]] = {
         lambda: chat(text("a" * 3000), text("b" * 3000)),
         "chat.messages[0].parts[1].text",
     ),
+    "many parts": (lambda: chat(*[text("a")] * 4000, *[pb.Part()] * 62_000), "chat.messages[0]"),
     "unknown model": (lambda: named(model="gpt"), "model"),
     "long id": (lambda: named(request_id="r" * 129), "request_id"),
     "id with control": (lambda: named(request_id="a\nb"), "request_id"),

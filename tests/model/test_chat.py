@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from chiasm.errors import InvalidArgument
 from chiasm.model.chat import ChatMessage, MediaPart, Placeholder, TextPart, Tokens, render_chat
+from chiasm.model.tokenizer import Tokenizer
 from chiasm.types import MediaKind
 
 B, E = "<|begin_of_sentence|>", "<|end_of_sentence|>"
@@ -143,12 +147,6 @@ def test_placeholders_name_their_media(tokenizer, config):
 
 
 def test_controls_the_tokenizer_lacks_are_text(config, checkpoint, tmp_path, tokenizer):
-    import json
-
-    from transformers import PreTrainedTokenizerFast
-
-    from chiasm.model.tokenizer import Tokenizer
-
     described = json.loads((checkpoint / "tokenizer.json").read_text())
     described["added_tokens"] = [
         t for t in described["added_tokens"] if "think" not in t["content"]
