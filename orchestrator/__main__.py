@@ -15,7 +15,7 @@ from chiasm.orchestrator.members import Membership
 from chiasm.orchestrator.servicer import OrchestratorServicer
 from chiasm.telemetry import logs, metrics, traces
 from chiasm.transport.messages import CONTROL_BYTES
-from chiasm.transport.server import Server, announce
+from chiasm.transport.server import Server, announce, bind_host
 from chiasm.transport.service import flush
 from chiasm.v1 import control_pb2, control_pb2_grpc
 
@@ -40,7 +40,7 @@ async def _serve(settings: OrchestratorSettings, instance_id: str) -> None:
     server = Server(services=[_SERVICE], max_message_bytes=CONTROL_BYTES)
     control_pb2_grpc.add_OrchestratorServicer_to_server(servicer, server.grpc)
     port = await server.start(settings.bind)
-    metrics_port = metrics.serve(settings.bind.rpartition(":")[0], settings.metrics_port)
+    metrics_port = metrics.serve(bind_host(settings.bind), settings.metrics_port)
     announce(f"{settings.advertise_host}:{port}")
     log.info("listening", port=port, metrics_port=metrics_port, instance_id=instance_id)
     leases = asyncio.create_task(servicer.run_leases(), name="leases")

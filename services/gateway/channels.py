@@ -35,7 +35,7 @@ class Channels:
     async def close(self) -> None:
         """Closes all channels at once."""
         for channel in self._open.values():
-            await channel.close()
+            await channel.close(None)
         self._open.clear()
         for task in self._closing:
             task.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any
 
 import grpc
 import structlog
@@ -19,6 +20,8 @@ from chiasm.services.gateway.observation import Observation
 from chiasm.services.gateway.validate import request_id
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Answers UNAVAILABLE until `engine` is set. Counts what is in flight, and refuses beyond."""
@@ -32,7 +35,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._idle.set()
 
     async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         deadline = self._deadline(context)
         operation = "text_completion" if request.WhichOneof("input") == "tokens" else "chat"
@@ -50,7 +53,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                             yield response
 
     async def CountTokens(
-        self, request: inference_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
+        self, request: inference_pb2.CountTokensRequest, context: Context
     ) -> inference_pb2.CountTokensResponse:
         engine, deadline = self._loaded(), self._deadline(context)
         prompt = engine.validator.count(request)
@@ -68,7 +71,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
 
     async def GetModel(
-        self, request: inference_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+        self, request: inference_pb2.GetModelRequest, context: Context
     ) -> inference_pb2.GetModelResponse:
         config, settings = self._loaded().config, self._settings
         return inference_pb2.GetModelResponse(
@@ -93,7 +96,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             )
         return self.engine
 
-    def _deadline(self, context: grpc.aio.ServicerContext) -> Deadline:
+    def _deadline(self, context: Context) -> Deadline:
         remaining_s = context.time_remaining()
         return Deadline.after(
             self._settings.default_timeout_s if remaining_s is None else remaining_s

@@ -26,6 +26,8 @@ from google.protobuf.message import DecodeError, Message
 
 from chiasm import errors
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
@@ -58,20 +60,20 @@ def explain(cls: type[Message], data: bytes) -> errors.InvalidArgument:
     return errors.InvalidArgument(path, "the text is not valid UTF-8")
 
 
-def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[Any, Any]:
     """The generated handlers of a service without client streams, but with `deserializer`."""
     methods = {method.name: _handler(method, servicer) for method in service.methods}
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
 
-def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler:
+def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[Any, Any]:
     behavior: Any = getattr(servicer, method.name)
     answer_cls = message_factory.GetMessageClass(method.output_type)
 
-    async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def unary(request: Any, context: Context) -> Any:
         return await behavior(_checked(request), context)
 
-    async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def stream(request: Any, context: Context) -> Any:
         answers = behavior(_checked(request), context)
         try:
             async for answer in answers:

@@ -25,6 +25,7 @@ from chiasm.transport.topology import topology_from_proto
 from chiasm.types import Modality, ShardSpec
 from chiasm.v1 import control_pb2, control_pb2_grpc
 
+LOOPBACK = "127.0.0.1"
 POLL_S = 0.05
 CALL_TIMEOUT_S = 2.0
 TAIL_LINES = 10
@@ -36,6 +37,7 @@ log = structlog.get_logger()
 class StackConfig:
     """What to start. Raises InvalidArgument that names the field which cannot be.
 
+    host: where the gateway listens; the other services stay on the loopback.
     port, orchestrator_port: 0 takes a free one.
     text_shards, text_servers, and the same for vision: the cut of each pool and over how many
         servers its shards are spread, in contiguous runs as even as possible.
@@ -46,7 +48,7 @@ class StackConfig:
     """
 
     model: Path
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     port: int = 0
     orchestrator_port: int = 0
     text_shards: int = 2
@@ -201,7 +203,10 @@ class LocalStack:
         yield "gateway", "chiasm.services.gateway", ["--model", str(config.model)]
 
     def _spawn(self, name: str, module: str, port: int, *flags: str) -> None:
-        common = ["--bind", f"{self.config.host}:{port}", "--advertise-host", self.config.host]
+        # Only the public API may be reached from outside.
+        host = self.config.host if name == "gateway" else LOOPBACK
+        common = ["--bind", f"{host}:{port}"]
+        common += ["--advertise-host", LOOPBACK if host in ("0.0.0.0", "[::]") else host]
         common += ["--log-level", self.config.log_level, "--grace-s", str(self.config.grace_s / 2)]
         self.children[name] = Child(
             name,

@@ -49,11 +49,17 @@ class Reference:
         return dict(self.processor(text=[case.text], return_tensors="pt", **media))
 
     @torch.no_grad()
+    def logits(self, case: Case) -> np.ndarray:
+        """Logits of the prompt, float32 [T, V]."""
+        logits = self.model(**self.inputs(case)).logits[0].float().numpy()
+        self.model.model.rope_deltas = None  # the call leaves it for a next step that never comes
+        return np.asarray(logits)
+
+    @torch.no_grad()
     def answer(self, case: Case, num_tokens: int) -> Answer:
         inputs = self.inputs(case)
         length = inputs["input_ids"].shape[1]
-        logits = self.model(**inputs).logits[0].float().numpy()
-        self.model.model.rope_deltas = None  # set by the call above; generate() makes its own
+        logits = self.logits(case)
         generated = self.model.generate(
             **inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 from e2e import checkpoints
-from e2e.cases import Case, cases, picture, png
+from e2e.cases import ANSWER, BOS, IMAGE, Case, cases, picture, png
 from e2e.reference import Answer, Reference
 from e2e.stack import up
+from PIL import Image
 
+from chiasm.cli.demo import QUESTION
 from chiasm.client import Client, Result, Sampling, image, user
 
 LOGITS_TOLERANCE = 1e-4
@@ -114,6 +118,21 @@ def test_all_requests_at_once(client: Client, expected: dict[str, Answer]) -> No
             assert_same(answer.result(), expected[case.name])
 
 
+def test_the_demo(tmp_path: Path) -> None:
+    """The picture, question and model of `chiasm demo`, in its topology."""
+    directory = checkpoints.hub(tmp_path / "tiny", 0)
+    jpeg = resources.files("chiasm").joinpath("assets/house.jpg").read_bytes()
+    case = Case(
+        name="demo",
+        messages=[user(image(jpeg), QUESTION)],
+        text=f"{BOS}User: Picture 1:{IMAGE}{QUESTION}{ANSWER}",
+        images=[np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))],
+    )
+    expected = Reference.of(directory).answer(case, NUM_TOKENS)
+    with up(directory) as client:
+        assert_same(client.complete(case.messages, sampling=GREEDY, prompt_logits=True), expected)
+
+
 def test_a_prompt_longer_than_a_step(client: Client, reference: Reference) -> None:
     """Prefilled in chunks that cut through the image; the rest of the batch decodes meanwhile."""
     pixels = picture(420, 700, 7)
@@ -121,8 +140,7 @@ def test_a_prompt_longer_than_a_step(client: Client, reference: Reference) -> No
     case = Case(
         name="long",
         messages=[user(words, image(png(pixels)), words)],
-        text=f"<|begin_of_sentence|>User: {words}Picture 1:<|IMAGE_START|><|IMAGE_PLACEHOLDER|>"
-        f"<|IMAGE_END|>{words}\nAssistant: <think>\n\n</think>\n\n",
+        text=f"{BOS}User: {words}Picture 1:{IMAGE}{words}{ANSWER}",
         images=[pixels],
     )
     expected = reference.answer(case, NUM_TOKENS)

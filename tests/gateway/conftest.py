@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
 from gateway.harness import FakeDecoder, FakeEncoder, Stack, running
+from prometheus_client import REGISTRY
 
+from chiasm.client import AsyncClient
 from chiasm.transport.channel import open_channel
 from chiasm.v1 import inference_pb2_grpc
 
@@ -47,3 +50,30 @@ async def channel(stack: Stack) -> AsyncIterator[grpc.aio.Channel]:
 @pytest.fixture
 def stub(channel: grpc.aio.Channel) -> inference_pb2_grpc.InferenceStub:
     return inference_pb2_grpc.InferenceStub(channel)
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(stack.address, timeout_s=20.0) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+async def ledger() -> AsyncIterator[None]:
+    """Whatever a test does, the ledger balances in the end."""
+
+    def open_calls() -> float:
+        finished = _sum("chiasm_requests_finished_total") + _sum("chiasm_requests_failed_total")
+        return _sum("chiasm_requests_accepted_total") - finished
+
+    before = open_calls()
+    yield
+    for _ in range(200):
+        if open_calls() == before and _sum("chiasm_requests_in_flight") == before:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail(f"{open_calls() - before} calls are neither finished nor failed")
+
+
+def _sum(sample: str) -> float:
+    return sum(s.value for metric in REGISTRY.collect() for s in metric.samples if s.name == sample)

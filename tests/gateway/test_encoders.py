@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
-from gateway.harness import FakeDecoder, FakeEncoder, Stack, png
+from gateway.harness import FakeEncoder, Stack, png
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Tokens, assistant, image, user
@@ -15,11 +14,7 @@ from chiasm.services.gateway.encoders import rank
 from chiasm.services.gateway.media import data_uri, digest
 from chiasm.types import MediaKind
 
-
-@pytest.fixture
-async def client(stack: Stack, decoder: FakeDecoder) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(stack.address, timeout_s=20.0) as opened:
-        yield opened
+pytestmark = pytest.mark.usefixtures("decoder")
 
 
 def members(*addresses: str) -> list[MemberInfo]:

@@ -7,6 +7,7 @@ from importlib import import_module
 import typer
 
 from chiasm.cli.chat import chat
+from chiasm.cli.demo import demo
 from chiasm.cli.generate import generate
 from chiasm.cli.status import status
 from chiasm.cli.synth import synth
@@ -49,7 +50,7 @@ def _add_service(name: str, module: str, help_text: str) -> None:
         import_module(f"{module}.__main__").main(context.args)
 
 
-for _command in (up, status, generate, chat, synth):
+for _command in (up, status, generate, chat, demo, synth):
     app.command()(_command)
 for _name, (_module, _help) in _SERVICES.items():
     _add_service(_name, _module, _help)

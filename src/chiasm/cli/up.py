@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 def up(
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gateway; 0: a free one.")] = 8000,
     text_shards: Annotated[int, typer.Option(help="Shards of the text pool.")] = 2,
     text_servers: Annotated[int, typer.Option(help="Servers that share them.")] = 1,

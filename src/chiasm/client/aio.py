@@ -40,7 +40,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends all calls and the connection."""
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def generate(
         self,

@@ -85,6 +85,11 @@ class Server:
         log.info("stopped")
 
 
+def bind_host(bind: str) -> str:
+    """The host of host:port, an IPv6 one without its brackets."""
+    return bind.rpartition(":")[0].strip("[]")
+
+
 def announce(address: str) -> None:
     """Tells a launcher on stdout where the process listens."""
     sys.stdout.write(f"listening {address}\n")

@@ -4,8 +4,8 @@ Bind, announce, join as LOADING, load in the background, READY as soon as the we
 the service depends on are there; on SIGTERM drain, leave, stop. A service says what is particular
 to it with a `Service`; `serve` does the rest. A program's `__main__` is then
 
-    def run(settings: DecoderSettings) -> int:
-        return serve(settings, name="decoder", role=Role.DECODER, services=[...], build=...)
+    def run(settings: DecoderSettings) -> NoReturn:
+        serve(settings, name="decoder", role=Role.DECODER, services=[...], build=...)
 
     main = settings_command(DecoderSettings, run, prog="chiasm decoder")  # chiasm.flags
 
@@ -22,7 +22,7 @@ import threading
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import grpc
 import structlog
@@ -33,7 +33,7 @@ from chiasm.config import ServiceSettings
 from chiasm.membership import MemberInfo, MemberState, Role, Topology
 from chiasm.telemetry import logs, metrics, traces
 from chiasm.transport.membership import Member, TopologyWatcher
-from chiasm.transport.server import Server, announce
+from chiasm.transport.server import Server, announce, bind_host
 
 FLUSH_TIMEOUT_S = 2.0
 """How long spans may take to reach a collector at exit."""
@@ -71,11 +71,6 @@ class Service:
     watch_topology: bool = False
 
 
-class _Exit(NamedTuple):
-    code: int
-    at_once: bool
-
-
 class ServiceProcess:
     """What a process offers its service: `member` to report with, `topology` to look things up."""
 
@@ -92,8 +87,8 @@ class ServiceProcess:
         """Has `Service.is_ready` asked again; call when something it depends on has changed."""
         self._recheck.set()
 
-    async def live(self, service: Service, *, grace_s: float) -> _Exit:
-        """Loads and serves until SIGTERM, or until loading fails."""
+    async def live(self, service: Service, *, grace_s: float) -> int:
+        """Loads and serves until SIGTERM, or until loading fails; returns the exit code."""
         self.member.start()
         if service.watch_topology:
             self.topology.start()
@@ -103,9 +98,7 @@ class ServiceProcess:
         await self.member.close()
         await self.topology.close()
         await service.close()
-        if self._failure is not None:
-            return _Exit(1, at_once=False)
-        return _Exit(0, at_once=not self._is_loaded)
+        return 0 if self._failure is None else 1
 
     async def _become_ready(self, service: Service) -> None:
         """Loads, then publishes readiness whenever it changes."""
@@ -141,7 +134,7 @@ async def _run(
     services: Sequence[str],
     max_message_bytes: int,
     build: Callable[[ServiceProcess], Service],
-) -> _Exit:
+) -> int:
     logs.configure(name, level=settings.log_level)
     member_id = f"{name}-{uuid.uuid4().hex[:12]}"
     provider = traces.configure(name, instance_id=member_id)
@@ -154,17 +147,17 @@ async def _run(
         service = build(process)
         service.register(server.grpc)
         port = await server.start(settings.bind)
-        metrics_port = metrics.serve(settings.bind.rpartition(":")[0], settings.metrics_port)
+        metrics_port = metrics.serve(bind_host(settings.bind), settings.metrics_port)
         address = f"{settings.advertise_host}:{port}"
         member.update(address=address, metrics_address=f"{settings.advertise_host}:{metrics_port}")
     except Exception as error:
         _log_failure("start_failed", error)
-        return _Exit(1, at_once=False)
+        return 1
     announce(address)
     log.info("listening", address=address, metrics_port=metrics_port, member_id=member_id)
-    exit_ = await process.live(service, grace_s=settings.grace_s)
+    code = await process.live(service, grace_s=settings.grace_s)
     flush(provider)
-    return exit_
+    return code
 
 
 def serve(
@@ -175,14 +168,15 @@ def serve(
     services: Sequence[str],
     max_message_bytes: int,
     build: Callable[[ServiceProcess], Service],
-) -> int:
-    """Runs a service until SIGTERM or SIGINT; returns the exit code.
+) -> NoReturn:
+    """Runs a service until SIGTERM or SIGINT, then ends the process.
 
     `name` stands in logs, traces and the member id; `services` are the full names of the grpc
     services for health and reflection; `build` makes the service, quickly and without loading.
+    Exit code: 0, or 1 when it could not start or load.
     """
     with asyncio.Runner() as runner:
-        exit_ = runner.run(
+        code = runner.run(
             _run(
                 settings,
                 name=name,
@@ -192,12 +186,11 @@ def serve(
                 build=build,
             )
         )
-        if exit_.at_once:
-            # A thread that still loads weights cannot be told to stop, and would hold the process.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(exit_.code)
-    return exit_.code
+        # Everything is closed by now. What an orderly end of the interpreter would add is a wait
+        # for threads that may still load weights, and a second for torch to take itself apart.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def flush(provider: TracerProvider | None) -> None:

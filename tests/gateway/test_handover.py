@@ -1,0 +1,143 @@
+"""What becomes of a request whose decoder or embeddings go away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from gateway.harness import (
+    FakeDecoder,
+    FakeEncoder,
+    Stack,
+    finished_event,
+    png,
+    running,
+    tokens_event,
+)
+
+from chiasm import errors
+from chiasm.client import AsyncClient, Delta, Started, image, user
+from chiasm.v1 import decoder_pb2
+
+DecodeEvents = AsyncIterator[decoder_pb2.DecodeEvent]
+
+
+async def test_dead_decoder_is_replaced_before_the_first_token(
+    stack: Stack, client: AsyncClient
+) -> None:
+    first, second = await stack.add_decoder(), await stack.add_decoder()
+    await stack.kill(first.address)
+    result = await client.complete("x")
+    assert result.finish_reason == "stop"
+    assert len(second.requests) == 1
+
+
+async def test_refusing_decoder_is_replaced_before_the_first_token(
+    stack: Stack, client: AsyncClient
+) -> None:
+    decoders = [await stack.add_decoder(), await stack.add_decoder()]
+
+    async def refuse(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        raise errors.ResourceExhausted("full", retry_after_s=1.0)
+        yield
+
+    chosen = min(decoders, key=lambda decoder: decoder.address)
+    chosen.scripts.append(refuse)
+    assert (await client.complete("x")).finish_reason == "stop"
+    assert sorted(len(decoder.requests) for decoder in decoders) == [1, 1]
+
+
+async def test_decoder_lost_after_the_first_token(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+        raise errors.Unavailable("gone")
+
+    decoder.scripts.append(script)
+    events = client.generate("x")
+    assert isinstance(await anext(events), Started)
+    assert isinstance(await anext(events), Delta)
+    with pytest.raises(errors.Unavailable) as caught:
+        await anext(events)
+    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 1.0)
+
+
+async def test_work_is_spread_over_decoders(stack: Stack, client: AsyncClient) -> None:
+    decoders = [await stack.add_decoder() for _ in range(3)]
+    release = asyncio.Event()
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        await release.wait()
+        yield finished_event()
+
+    for decoder in decoders:
+        decoder.scripts.extend([script] * 6)
+    calls = [asyncio.create_task(client.complete("x")) for _ in range(6)]
+    while sum(len(decoder.requests) for decoder in decoders) < 6:  # noqa: ASYNC110 - polls a fake
+        await asyncio.sleep(0.01)
+    assert [len(decoder.requests) for decoder in decoders] == [2, 2, 2]
+    release.set()
+    await asyncio.gather(*calls)
+
+
+async def evicted(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+    raise errors.NotFound("evicted", reason="EMBEDDING_EVICTED")
+    yield
+
+
+@pytest.mark.parametrize("num_evictions", [1, 2])
+async def test_evicted_embeddings_are_encoded_again(
+    num_evictions: int,
+    stack: Stack,
+    decoder: FakeDecoder,
+    encoder: FakeEncoder,
+    client: AsyncClient,
+) -> None:
+    decoder.scripts.extend([evicted] * num_evictions)
+    result = await client.complete([user(image(png()), "what?")])
+    assert result.finish_reason == "stop"
+    assert len(encoder.headers) == len(decoder.requests) == num_evictions + 1
+
+
+async def test_eviction_without_end(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    decoder.scripts.extend([evicted] * 9)
+    with pytest.raises(errors.Unavailable) as caught:
+        await client.complete([user(image(png()), "what?")])
+    assert caught.value.reason == "EMBEDDING_EVICTED"
+    assert caught.value.retry_after_s is not None
+    assert len(decoder.requests) == 3
+
+
+async def test_stream_without_end_event(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+
+    decoder.scripts.append(script)
+    with pytest.raises(errors.Internal):
+        await client.complete("x")
+
+
+async def test_no_decoder_parks_then_gives_up(stack: Stack, client: AsyncClient) -> None:
+    with pytest.raises(errors.Unavailable) as caught:
+        await client.complete("x")
+    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_UNAVAILABLE", 1.0)
+
+
+async def test_parked_request_goes_on_when_the_decoder_comes(
+    tiny_checkpoint: Path,
+) -> None:
+    async with (
+        running(tiny_checkpoint) as stack,
+        AsyncClient(stack.address, timeout_s=20.0) as client,
+    ):
+        call = asyncio.create_task(client.complete("x"))
+        await asyncio.sleep(0.1)
+        await stack.add_decoder()
+        assert (await call).finish_reason == "stop"
