@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from chiasm.config import ServiceSettings
+from chiasm.config import ProcessSettings
 
 
-class OrchestratorSettings(ServiceSettings):
+class OrchestratorSettings(ProcessSettings):
     """The orchestrator process."""
 
     lease_ms: int = Field(

@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 import torch
-from chiasm.model.positions import position_ids
 from opentelemetry import context as otel_context
 
 from chiasm import errors
 from chiasm.model.config import ModelConfig
+from chiasm.model.positions import position_ids
 from chiasm.services.decoder import wire
 from chiasm.services.decoder.embeddings import EmbeddingStore
 from chiasm.services.decoder.engine import Engine

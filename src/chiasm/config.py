@@ -7,6 +7,7 @@ named by CHIASM_CONFIG, defaults.
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import (
@@ -17,8 +18,8 @@ from pydantic_settings import (
 )
 
 
-class ServiceSettings(BaseSettings):
-    """Settings of one process; each service extends it in its config.py."""
+class ProcessSettings(BaseSettings):
+    """Settings of any process, the orchestrator included."""
 
     model_config = SettingsConfigDict(env_prefix="CHIASM_", extra="ignore", frozen=True)
 
@@ -26,11 +27,12 @@ class ServiceSettings(BaseSettings):
     advertise_host: str = Field(
         "127.0.0.1", description="Host under which the other services reach this one."
     )
-    orchestrator: str = Field("", description="host:port of the orchestrator.")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of /metrics; 0 takes a free one."
     )
-    log_level: str = Field("info", description="debug, info, warning or error.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe events to log."
+    )
     grace_s: float = Field(
         10.0, gt=0, description="Seconds that work in flight may take after SIGTERM."
     )
@@ -46,3 +48,11 @@ class ServiceSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         yaml = YamlConfigSettingsSource(settings_cls, yaml_file=os.environ.get("CHIASM_CONFIG"))
         return init_settings, env_settings, yaml
+
+
+class ServiceSettings(ProcessSettings):
+    """Settings of a member; each service extends it in its config.py."""
+
+    orchestrator: str = Field(
+        "", description="host:port of the orchestrator; empty: the service runs alone."
+    )

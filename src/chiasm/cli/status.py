@@ -79,8 +79,9 @@ async def _follow(watcher: TopologyWatcher, *, as_json: bool) -> None:
 
 def table(topology: Topology) -> Table:
     """The members, one a row."""
-    state = "settling" if topology.settling else "complete" if topology.is_complete() else "partial"
-    caption = f"version {topology.version}, {state}"
+    caption = "complete" if topology.is_complete() else "incomplete"
+    if topology.settling:
+        caption += "; the orchestrator has just started"
     missing = ", ".join(f"{m} {s}" for m in Modality for s in topology.missing(m))
     if missing:
         caption += f"; no server for {missing}"

@@ -92,9 +92,10 @@ class ExpertBank:
         text = self.config.text
         experts = shard_experts(shard, self.num_shards, text.num_experts)
         width = text.expert_intermediate(self.modality)
-        options = {"dtype": self.dtype, "device": self.device}
-        gate_up = torch.empty(len(experts), 2 * width, text.hidden_size, **options)
-        down = torch.empty(len(experts), text.hidden_size, width, **options)
+        shape = (len(experts), 2 * width, text.hidden_size)
+        gate_up = torch.empty(shape, dtype=self.dtype, device=self.device)
+        shape = (len(experts), text.hidden_size, width)
+        down = torch.empty(shape, dtype=self.dtype, device=self.device)
         for i, expert in enumerate(experts):
             stored_gate_up, stored_down = checkpoint.expert(layer, self.modality, expert)
             gate_up[i].copy_(stored_gate_up)

@@ -36,7 +36,7 @@ def rotary_tables(positions: torch.Tensor, config: TextConfig) -> tuple[torch.Te
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the pairs of x [T, heads, d] in float32; returns x's dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [T, heads, d/2]
+    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)  # [T, heads, d/2]
     cos, sin = cos[:, None], sin[:, None]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return turned.flatten(-2).to(x.dtype)

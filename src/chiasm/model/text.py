@@ -96,9 +96,12 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, batch.attention)
         normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, MoeBlock):
-            return x + self.mlp(normed, batch.rows, batch.experts)
-        return x + self.mlp(normed)
+        out: torch.Tensor = (
+            self.mlp(normed, batch.rows, batch.experts)
+            if isinstance(self.mlp, MoeBlock)
+            else self.mlp(normed)
+        )
+        return x + out
 
 
 class TextModel(nn.Module):

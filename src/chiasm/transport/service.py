@@ -38,6 +38,9 @@ from chiasm.transport.server import Server, announce, bind_host
 FLUSH_TIMEOUT_S = 2.0
 """How long spans may take to reach a collector at exit."""
 
+CLOSE_TIMEOUT_S = 5.0
+"""How long a service may take to release what it holds."""
+
 log = structlog.get_logger()
 
 
@@ -97,7 +100,10 @@ class ServiceProcess:
         task.cancel()
         await self.member.close()
         await self.topology.close()
-        await service.close()
+        try:
+            await asyncio.wait_for(service.close(), CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("close_incomplete")
         return 0 if self._failure is None else 1
 
     async def _become_ready(self, service: Service) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -36,9 +36,7 @@ def to_proto(error: errors.ChiasmError) -> status_pb2.Status:
     return status
 
 
-async def abort(
-    context: grpc.aio.ServicerContext, error: errors.ChiasmError
-) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.ChiasmError) -> NoReturn:
     """Ends the call with the error's status."""
     status = to_proto(error)
     trailing = ((DETAILS_KEY, status.SerializeToString()),)
@@ -66,7 +64,8 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ChiasmError:
 
 
 def _details(error: grpc.RpcError) -> list[any_pb2.Any]:
-    for key, value in error.trailing_metadata() or ():
+    trailing = cast("tuple[tuple[str, bytes], ...]", error.trailing_metadata() or ())
+    for key, value in trailing:
         if key == DETAILS_KEY:
             status = status_pb2.Status()
             try:
