@@ -14,10 +14,11 @@ from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
 from chiasm.model.load import load_module
 from chiasm.model.text import LanguageModel
+from chiasm.services.decoder.blocks import BlockPool
 from chiasm.services.decoder.config import DecoderSettings
 from chiasm.services.decoder.embeddings import EmbeddingStore
 from chiasm.services.decoder.engine import Engine
-from chiasm.services.decoder.kv_cache import ContiguousKVCache
+from chiasm.services.decoder.kv_cache import PagedKVCache
 from chiasm.services.decoder.pools import ExpertPools, LocalPool, Pool, RemotePool
 from chiasm.services.decoder.scheduler import Scheduler
 from chiasm.services.decoder.servicer import DecoderServicer
@@ -124,14 +125,11 @@ def _engine(
     pools: dict[Modality, Pool],
 ) -> Engine:
     device = torch.device(settings.device)
-    cache = ContiguousKVCache(
-        config.text,
-        num_tokens=settings.kv_cache_tokens or 4 * config.text.max_position_embeddings,
-        dtype=getattr(torch, settings.dtype),
-        device=device,
-    )
+    num_tokens = settings.kv_cache_tokens or 4 * config.text.max_position_embeddings
+    blocks = BlockPool(-(-num_tokens // settings.block_size), settings.block_size)
+    cache = PagedKVCache(config.text, blocks, dtype=getattr(torch, settings.dtype), device=device)
     scheduler = Scheduler(
-        cache,
+        blocks,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         max_step_tokens=settings.max_step_tokens,

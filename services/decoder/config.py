@@ -32,6 +32,7 @@ class DecoderSettings(ServiceSettings):
     kv_cache_tokens: int = Field(
         0, ge=0, description="Tokens the KV cache holds; 0: four times the model's context."
     )
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens of one block of the KV cache.")
     embedding_cache_bytes: int = Field(
         256 << 20, ge=0, description="Bytes of the cache of media embeddings."
     )

@@ -18,7 +18,7 @@ import torch
 from chiasm import errors
 from chiasm.model.text import Batch, LanguageModel
 from chiasm.services.decoder import spans, step
-from chiasm.services.decoder.kv_cache import ContiguousKVCache
+from chiasm.services.decoder.kv_cache import PagedKVCache, Placed
 from chiasm.services.decoder.pools import ExpertPools, PoolUnavailable
 from chiasm.services.decoder.sampler import sample
 from chiasm.services.decoder.scheduler import Chunk, Scheduler
@@ -58,7 +58,7 @@ class Engine:
     def __init__(
         self,
         model: LanguageModel,
-        cache: ContiguousKVCache,
+        cache: PagedKVCache,
         scheduler: Scheduler,
         pools: ExpertPools,
         *,
@@ -72,7 +72,7 @@ class Engine:
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.steps = 0
-        metrics.KV_TOKENS_TOTAL.set(cache.num_tokens)
+        metrics.KV_TOKENS_TOTAL.set(self.load().kv_tokens_total)
 
     def start(self) -> None:
         """Starts the loop."""
@@ -98,8 +98,8 @@ class Engine:
         return EngineLoad(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting) + len(self._inbox),
-            kv_tokens_used=self._cache.num_reserved,
-            kv_tokens_total=self._cache.num_tokens,
+            kv_tokens_used=self._cache.blocks.num_held * self._cache.blocks.block_size,
+            kv_tokens_total=self._cache.blocks.num_blocks * self._cache.blocks.block_size,
         )
 
     def close(self) -> None:
@@ -144,9 +144,9 @@ class Engine:
         """One step; False when nothing could run."""
         start = time.monotonic_ns()
         schedule = self._scheduler.schedule(self._pools.covered())
+        metrics.PREEMPTIONS.inc(len(schedule.preempted))
         for sequence in schedule.admitted:
-            spans.admitted(sequence, start)
-            metrics.DECODER_QUEUE_SECONDS.observe((start - sequence.timings.submitted) / 1e9)
+            self._admitted(sequence, start)
         self._wait_or_fail(schedule.parked, since=start)
         if not schedule.chunks:
             return False
@@ -162,19 +162,28 @@ class Engine:
         self._measure(schedule.chunks, time.monotonic_ns() - start)
         return True
 
+    def _admitted(self, sequence: Sequence, now: int) -> None:
+        if sequence.timings.admitted:
+            return  # preempted before: it has been here
+        spans.admitted(sequence, now)
+        metrics.DECODER_QUEUE_SECONDS.observe((now - sequence.timings.submitted) / 1e9)
+        metrics.PREFIX_CACHE_QUERIES.inc(sequence.num_prompt)
+        metrics.PREFIX_CACHE_HITS.inc(sequence.num_cached)
+
     def _forward(self, chunks: tuple[Chunk, ...]) -> list[int | None]:
         """Runs the chunks; a token for each one that ends its sequence, else None."""
         batch_input = step.build(chunks, self._model, self._device)
         batch = Batch(
             positions=batch_input.positions,
             rows=batch_input.rows,
-            attention=self._cache.bind(batch_input.segments),
+            attention=self._cache.bind(
+                [Placed(c.sequence.table, c.start, c.num_tokens) for c in chunks]
+            ),
             experts=self._pools,
         )
         hidden = self._model(batch_input.embeddings, batch)
         self._send_prompt_logits(chunks, hidden)
-        ends = [s.row + s.num_tokens - 1 for s in batch_input.segments]
-        last = [end for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
+        last = [r for c, r in zip(chunks, batch_input.last_rows, strict=True) if c.is_last]
         logits = iter(self._model.logits(hidden[last])) if last else iter(())
         return [
             sample(next(logits), c.sequence.sampling, c.sequence.num_generated)
@@ -186,9 +195,15 @@ class Engine:
     def _send_prompt_logits(self, chunks: tuple[Chunk, ...], hidden: torch.Tensor) -> None:
         row = 0
         for chunk in chunks:
-            if chunk.sequence.prompt_logits and chunk.start < chunk.sequence.num_prompt:
-                logits = self._model.logits(hidden[row : row + chunk.num_tokens]).cpu()
-                chunk.sequence.sink(PromptLogitsEvent(offset=chunk.start, rows=logits))
+            sequence = chunk.sequence
+            stop = min(chunk.stop, sequence.num_prompt)
+            # A preempted request computes rows again that were sent before.
+            start = max(chunk.start, sequence.num_logits_sent)
+            if sequence.prompt_logits and start < stop:
+                wanted = hidden[row + start - chunk.start : row + stop - chunk.start]
+                logits = self._model.logits(wanted).cpu()
+                sequence.sink(PromptLogitsEvent(offset=start, rows=logits))
+                sequence.num_logits_sent = stop
             row += chunk.num_tokens
 
     def _commit(
@@ -203,14 +218,13 @@ class Engine:
         for chunk, token in zip(chunks, sampled, strict=True):
             sequence = chunk.sequence
             sequence.parked_since = None
-            sequence.num_computed = chunk.stop
+            self._scheduler.commit(sequence, chunk.stop)
             for modality in Modality:
                 sequence.timings.expert_wait[modality] += waited[modality]
             if token is None:
                 continue
             sequence.token_ids.append(token)
             if sequence.num_generated == 1:
-                sequence.media = ()  # the embeddings are in the cache's keys and values now
                 spans.first_token(sequence, now)
             sequence.sink(TokenEvent(token_id=token))
             if reason := _finish_reason(sequence, token):

@@ -1,25 +1,22 @@
-"""Which tokens run in the next step. A pure data structure: no torch, no clock, no threads."""
+"""Which tokens run in the next step, and whose keys and values get which blocks.
+
+A pure data structure: no torch, no clock, no threads. Requests are served by priority, then by
+arrival. A request is admitted when the blocks of all its tokens are there; while it decodes it
+takes blocks as it grows. When none are left, the request that came last gives its blocks back and
+waits; it is computed again later, from the prefix cache where that still has its beginning.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from chiasm import errors
+from chiasm.services.decoder.blocks import BlockPool, BlockTable
+from chiasm.services.decoder.prefix import block_digest
 from chiasm.services.decoder.sequence import Sequence
 from chiasm.types import Modality
-
-
-class Reservations(Protocol):
-    """The part of the KV cache that admission needs."""
-
-    def can_reserve(self, num_tokens: int) -> bool: ...
-
-    def reserve(self, sequence_id: int, num_tokens: int) -> None: ...
-
-    def release(self, sequence_id: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,23 +43,26 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """One step: chunks that run and sequences that cannot for want of a pool."""
+    """One step: chunks that run, sequences that cannot for want of a pool, who came and went."""
 
     chunks: tuple[Chunk, ...]
     parked: tuple[Sequence, ...]
     admitted: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...]
 
 
 class Scheduler:
-    """Decodes go first; prefills in order of arrival share what is left of the step's tokens."""
+    """Decodes go first. Of the tokens left in the step half go to the prefill that is next in
+    order, the rest to the shortest ones: a long prompt neither starves nor holds up the others."""
 
     def __init__(
-        self, cache: Reservations, *, max_running: int, max_waiting: int, max_step_tokens: int
+        self, blocks: BlockPool, *, max_running: int, max_waiting: int, max_step_tokens: int
     ) -> None:
-        self._cache = cache
+        self.blocks = blocks
         self._max_running, self._max_waiting = max_running, max_waiting
         self._max_step_tokens = max_step_tokens
-        self.waiting: deque[Sequence] = deque()
+        self._num_arrived = 0
+        self.waiting: list[Sequence] = []  # both in order of _rank
         self.running: list[Sequence] = []
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -71,45 +71,145 @@ class Scheduler:
         yield from self.waiting
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence. Raises ResourceExhausted when the queue is full."""
+        """Queues a sequence. Raises ResourceExhausted when the queue is full, or when the cache
+        could not hold the sequence even if it were alone."""
         if len(self.waiting) >= self._max_waiting:
             raise errors.ResourceExhausted("the decoder's queue is full", retry_after_s=1.0)
-        self.waiting.append(sequence)
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        if sequence.max_tokens > capacity:
+            raise errors.ResourceExhausted(
+                f"{sequence.max_tokens} tokens exceed the KV cache of {capacity}",
+                reason="KV_CACHE_TOO_SMALL",
+            )
+        sequence.arrival = self._num_arrived
+        self._num_arrived += 1
+        bisect.insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its cache."""
+        """Takes a sequence out, wherever it is, and gives its blocks back."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._cache.release(id(sequence))
+            self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def schedule(self, pools: frozenset[Modality]) -> Schedule:
         """The next step, given the pools that can answer now."""
         admitted = tuple(self._admit())
+        chunks: list[Chunk] = []
+        parked: list[Sequence] = []
+        preempted: list[Sequence] = []
         budget = self._max_step_tokens
-        chunks, parked = [], []
-        decoding = [s for s in self.running if s.num_pending == 1]
-        prefilling = [s for s in self.running if s.num_pending > 1]
-        for sequence in (*decoding, *prefilling):
-            num_tokens = min(sequence.num_pending, budget)
-            if not num_tokens:
-                break
-            chunk = Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=num_tokens)
-            if chunk.modalities <= pools:
-                chunks.append(chunk)
-                budget -= num_tokens
-            else:
+        for sequence in [s for s in self.running if s.num_pending == 1][:budget]:
+            chunk = Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=1)
+            if not chunk.modalities <= pools:
                 parked.append(sequence)
-        return Schedule(chunks=tuple(chunks), parked=tuple(parked), admitted=admitted)
+            elif sequence not in preempted and self._grow(sequence, preempted):
+                chunks.append(chunk)
+        prefills: list[Sequence] = []
+        for sequence in [s for s in self.running if s.num_pending > 1]:
+            reach = min(len(sequence.token_ids), sequence.num_computed + budget)
+            can_run = sequence.modalities(sequence.num_computed, reach) <= pools
+            (prefills if can_run else parked).append(sequence)
+        chunks.extend(_share(prefills, budget - len(chunks)))
+        return Schedule(
+            chunks=tuple(chunks),
+            parked=tuple(parked),
+            admitted=admitted,
+            preempted=tuple(preempted),
+        )
+
+    def commit(self, sequence: Sequence, num_computed: int) -> None:
+        """Books tokens as computed; blocks that are full now can be found by other sequences."""
+        sequence.num_computed = num_computed
+        num_full = num_computed // self.blocks.block_size
+        digests = self._digests(sequence, num_full)
+        for index in range(sequence.num_sealed, num_full):
+            self.blocks.seal(sequence.table.blocks[index], digests[index])
+        sequence.num_sealed = max(sequence.num_sealed, num_full)
 
     def _admit(self) -> Iterator[Sequence]:
-        """Moves waiting sequences to the batch while their whole need of cache fits."""
+        """Moves waiting sequences to the batch, strictly in order, while their blocks are there."""
         while self.waiting and len(self.running) < self._max_running:
             sequence = self.waiting[0]
-            if not self._cache.can_reserve(sequence.max_tokens):
+            cached = self._known_prefix(sequence)
+            num_new = self._num_blocks(len(sequence.token_ids)) - len(cached)
+            # Whoever runs may need a block soon; giving it away now would preempt somebody then.
+            num_spare = len(self.running)
+            taken = num_new + self.blocks.num_idle_among(cached)
+            if taken + num_spare > self.blocks.num_available:
                 return
-            self.waiting.popleft()
-            self._cache.reserve(id(sequence), sequence.max_tokens)
-            self.running.append(sequence)
+            self.blocks.acquire(cached)
+            sequence.table.extend(cached)
+            sequence.table.extend(self.blocks.allocate(num_new, after=sequence.table.last))
+            sequence.num_computed = sequence.num_cached = len(cached) * self.blocks.block_size
+            sequence.num_sealed = len(cached)
+            self.waiting.pop(0)
+            bisect.insort(self.running, sequence, key=_rank)
             yield sequence
+
+    def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """Makes room for one more token, preempting whoever came last; False if that is itself."""
+        table = sequence.table
+        while len(table) * self.blocks.block_size <= sequence.num_computed:
+            if self.blocks.num_available:
+                table.extend(self.blocks.allocate(1, after=table.last))
+                continue
+            victim = self.running.pop()
+            self._release(victim)
+            bisect.insort(self.waiting, victim, key=_rank)
+            preempted.append(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _known_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold the sequence's beginning; at least one token is left to compute."""
+        if sequence.prompt_logits:
+            return []
+        num_full = (len(sequence.token_ids) - 1) // self.blocks.block_size
+        return self.blocks.match(self._digests(sequence, num_full))
+
+    def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The first `count` block digests, computed once."""
+        size, digests = self.blocks.block_size, sequence.digests
+        while len(digests) < count:
+            start = len(digests) * size
+            digests.append(
+                block_digest(
+                    digests[-1] if digests else b"",
+                    sequence.token_ids[start : start + size],
+                    sequence.prompt_types[start : start + size],
+                    sequence.media,
+                    start,
+                )
+            )
+        return digests
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.blocks.block_size)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.table.blocks)
+        sequence.table = BlockTable()
+        sequence.num_sealed = sequence.num_computed = 0
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival
+
+
+def _share(prefills: list[Sequence], budget: int) -> Iterator[Chunk]:
+    """Divides a step's tokens among prefills, which come in order."""
+    if not prefills or not budget:
+        return
+    first, *others = prefills
+    shares = {id(first): min(first.num_pending, budget - budget // 2 if others else budget)}
+    left = budget - shares[id(first)]
+    for sequence in sorted(others, key=lambda s: s.num_pending):
+        shares[id(sequence)] = min(sequence.num_pending, left)
+        left -= shares[id(sequence)]
+    shares[id(first)] = min(first.num_pending, shares[id(first)] + left)
+    for sequence in prefills:
+        if num_tokens := shares[id(sequence)]:
+            yield Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=num_tokens)

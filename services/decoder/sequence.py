@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 
 from chiasm import errors
+from chiasm.services.decoder.blocks import BlockTable
 from chiasm.types import TOKEN_TEXT, Modality
 
 
@@ -78,12 +79,25 @@ class FailedEvent:
 Event = TokenEvent | PromptLogitsEvent | FinishedEvent | FailedEvent
 
 
+class MediaRows(NamedTuple):
+    """Tokens [offset, offset + num_tokens) are a media item; embeddings: tensor [num_tokens, H]."""
+
+    offset: int
+    num_tokens: int
+    digest: str
+    embeddings: Any
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """State of a request from submission to its last event.
 
     prompt_types: routing type per prompt token. positions: int64 [3, prompt]; generated token j has
-    position next_position + j on all three axes. media: (offset, embeddings [n, H]) per item.
+    position next_position + j on all three axes.
+
+    The scheduler's books: the blocks of `table` hold the keys and values of the first tokens,
+    `num_computed` of which are there; `digests` of full blocks, `num_sealed` of which can be found
+    by others; `num_cached` tokens came from the prefix cache.
     """
 
     request_id: str
@@ -91,13 +105,20 @@ class Sequence:
     prompt_types: bytes
     positions: npt.NDArray[np.int64]
     next_position: int
-    media: tuple[tuple[int, Any], ...]
+    media: tuple[MediaRows, ...]
     sampling: Sampling
     prompt_logits: bool
     sink: Callable[[Event], None] = field(default=lambda _: None)
     trace_context: otel_context.Context = field(default_factory=otel_context.Context)
     num_prompt: int = field(init=False)
+    priority: int = 0
+    arrival: int = 0
+    table: BlockTable = field(default_factory=BlockTable)
+    digests: list[bytes] = field(default_factory=list)
     num_computed: int = 0
+    num_sealed: int = 0
+    num_cached: int = 0
+    num_logits_sent: int = 0
     parked_since: int | None = None
     aborted: bool = False
     timings: SequenceTimings = field(default_factory=SequenceTimings)

@@ -21,6 +21,7 @@ from chiasm.services.decoder.sequence import (
     Event,
     FailedEvent,
     FinishedEvent,
+    MediaRows,
     PromptLogitsEvent,
     Sequence,
     TokenEvent,
@@ -138,7 +139,8 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             positions=positions,
             next_position=next_position,
             media=tuple(
-                (ref.offset, rows) for ref, rows in zip(request.media, embeddings, strict=True)
+                MediaRows(ref.offset, ref.num_tokens, ref.digest, rows)
+                for ref, rows in zip(request.media, embeddings, strict=True)
             ),
             sampling=wire.sampling(request, self._config),
             prompt_logits=request.prompt_logits,

@@ -9,30 +9,30 @@ import numpy as np
 import torch
 
 from chiasm.model.text import LanguageModel
-from chiasm.services.decoder.kv_cache import Segment
 from chiasm.services.decoder.scheduler import Chunk
 from chiasm.types import TOKEN_TEXT, Modality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
-    """embeddings [T, H]; positions int64 [3, T]; rows per modality present; one segment a chunk."""
+    """embeddings [T, H]; positions int64 [3, T]; rows per modality present; last_rows: the last
+    row of each chunk."""
 
     embeddings: torch.Tensor
     positions: torch.Tensor
     rows: dict[Modality, torch.Tensor]
-    segments: tuple[Segment, ...]
+    last_rows: tuple[int, ...]
 
 
 def build(chunks: Seq[Chunk], model: LanguageModel, device: torch.device) -> StepInput:
     """Lays the chunks one after the other, media embeddings in place of their placeholders."""
     token_ids = [t for c in chunks for t in c.sequence.token_ids[c.start : c.stop]]
     embeddings = model.embed(torch.tensor(token_ids, device=device))
-    segments, row = [], 0
+    last_rows, row = [], 0
     for chunk in chunks:
         _place_media(chunk, embeddings[row : row + chunk.num_tokens])
-        segments.append(Segment(id(chunk.sequence), row, chunk.start, chunk.num_tokens))
         row += chunk.num_tokens
+        last_rows.append(row - 1)
     is_vision = np.concatenate([_is_vision(c) for c in chunks])
     rows = {
         modality: torch.from_numpy(np.flatnonzero(mask)).to(device)
@@ -44,7 +44,7 @@ def build(chunks: Seq[Chunk], model: LanguageModel, device: torch.device) -> Ste
         embeddings=embeddings,
         positions=torch.from_numpy(positions).to(device),
         rows=rows,
-        segments=tuple(segments),
+        last_rows=tuple(last_rows),
     )
 
 
@@ -67,10 +67,9 @@ def _positions(chunk: Chunk) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
 
 def _place_media(chunk: Chunk, rows: torch.Tensor) -> None:
     """Writes the part of each item's embeddings that lies in the chunk into its rows [n, H]."""
-    for offset, embeddings in chunk.sequence.media:
-        first = max(chunk.start, offset)
-        last = min(chunk.stop, offset + embeddings.shape[0])
+    for item in chunk.sequence.media:
+        first = max(chunk.start, item.offset)
+        last = min(chunk.stop, item.offset + item.num_tokens)
         if first < last:
-            rows[first - chunk.start : last - chunk.start] = embeddings[
-                first - offset : last - offset
-            ].to(rows)
+            part = item.embeddings[first - item.offset : last - item.offset]
+            rows[first - chunk.start : last - chunk.start] = part.to(rows)

@@ -1,4 +1,4 @@
-"""Attention over the cache in chunks equals attention over the whole sequence at once."""
+"""The paged cache: attention over blocks in chunks equals attention over the whole sequence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chiasm import errors
 from chiasm.model.config import TextConfig
-from chiasm.services.decoder.kv_cache import ContiguousKVCache, Segment
+from chiasm.services.decoder.blocks import BlockPool, BlockTable
+from chiasm.services.decoder.kv_cache import PagedKVCache, Placed
 
 TOLERANCE = 1e-5
 
@@ -37,15 +37,6 @@ def config(heads: int, kv_heads: int, head_dim: int) -> TextConfig:
     )
 
 
-def cache(heads: int, kv_heads: int, head_dim: int, num_tokens: int) -> ContiguousKVCache:
-    return ContiguousKVCache(
-        config(heads, kv_heads, head_dim),
-        num_tokens=num_tokens,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-
-
 def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -56,35 +47,29 @@ def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 8), (5, 1, 16), (3, 3, 8)])
 @pytest.mark.parametrize("cuts", [[11], [4, 11], [1, 2, 3, 11], [10, 11]])
+@pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_chunks_and_steps_of_two_interleaved_sequences(
-    heads: int, kv_heads: int, head_dim: int, cuts: list[int]
+    heads: int, kv_heads: int, head_dim: int, cuts: list[int], block_size: int
 ) -> None:
     g = torch.Generator().manual_seed(heads)
-    data = {
-        s: tuple(torch.randn(11, n, head_dim, generator=g) for n in (heads, kv_heads, kv_heads))
-        for s in (1, 2)
-    }
-    target = cache(heads, kv_heads, head_dim, 40)
-    for s in data:
-        target.reserve(s, 15)
-    found: dict[int, list[torch.Tensor]] = {1: [], 2: []}
+    data = [
+        tuple(torch.randn(11, n, head_dim, generator=g) for n in (heads, kv_heads, kv_heads))
+        for _ in range(2)
+    ]
+    blocks = BlockPool(-(-40 // block_size), block_size)
+    cache = PagedKVCache(
+        config(heads, kv_heads, head_dim), blocks, dtype=torch.float32, device=torch.device("cpu")
+    )
+    tables = [BlockTable(), BlockTable()]
+    found: list[list[torch.Tensor]] = [[], []]
     for start, stop in zip([0, *cuts], cuts, strict=False):
-        n = stop - start
-        context = target.bind([Segment(1, 0, start, n), Segment(2, n, start, n)])
-        rows = [torch.cat([data[s][i][start:stop] for s in (1, 2)]) for i in range(3)]
+        for table in tables:  # both grow by turns, so neither gets all its blocks in one run
+            needed = -(-stop // block_size) - len(table)
+            table.extend(blocks.allocate(needed, after=table.last))
+        context = cache.bind([Placed(table, start, stop - start) for table in tables])
+        rows = [torch.cat([sequence[i][start:stop] for sequence in data]) for i in range(3)]
         out = context.attend(1, *rows)
-        found[1].append(out[:n])
-        found[2].append(out[n:])
-    for s, (q, k, v) in data.items():
-        assert torch.allclose(torch.cat(found[s]), full_attention(q, k, v), atol=TOLERANCE)
-
-
-def test_reservations_are_bounded_and_returned() -> None:
-    target = cache(2, 1, 8, 20)
-    target.reserve(1, 12)
-    assert not target.can_reserve(9)
-    with pytest.raises(errors.ResourceExhausted):
-        target.reserve(2, 9)
-    target.release(1)
-    assert target.num_reserved == 0
-    target.reserve(2, 20)
+        for sequence, part in zip(found, out.chunk(2), strict=True):
+            sequence.append(part)
+    for sequence, (q, k, v) in zip(found, data, strict=True):
+        assert torch.allclose(torch.cat(sequence), full_attention(q, k, v), atol=TOLERANCE)

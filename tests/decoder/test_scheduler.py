@@ -1,6 +1,8 @@
-"""The scheduler as a pure structure: nothing starves, nothing overflows, nothing leaks."""
+"""The scheduler as a pure structure: nothing starves, overflows, leaks or reads another's keys."""
 
 from __future__ import annotations
+
+from random import Random
 
 import numpy as np
 import pytest
@@ -8,151 +10,268 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm import errors
-from chiasm.services.decoder.scheduler import Scheduler
-from chiasm.services.decoder.sequence import Sampling, Sequence
+from chiasm.services.decoder.blocks import BlockPool
+from chiasm.services.decoder.scheduler import Chunk, Schedule, Scheduler
+from chiasm.services.decoder.sequence import MediaRows, Sampling, Sequence
 from chiasm.types import TOKEN_IMAGE, TOKEN_TEXT, Modality
 
 ALL = frozenset(Modality)
+IMAGE_ID = 3
 
 
-class Budget:
-    """Reservations without memory."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-        self.held: dict[int, int] = {}
-
-    def can_reserve(self, num_tokens: int) -> bool:
-        return sum(self.held.values()) + num_tokens <= self.num_tokens
-
-    def reserve(self, sequence_id: int, num_tokens: int) -> None:
-        assert sequence_id not in self.held
-        assert self.can_reserve(num_tokens)
-        self.held[sequence_id] = num_tokens
-
-    def release(self, sequence_id: int) -> None:
-        del self.held[sequence_id]
-
-
-def sequence(num_prompt: int, max_tokens: int, types: bytes | None = None) -> Sequence:
+def sequence(
+    prompt: list[int] | int,
+    max_tokens: int,
+    *,
+    media: tuple[MediaRows, ...] = (),
+    types: bytes | None = None,
+    priority: int = 0,
+) -> Sequence:
+    ids = list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt
+    if types is None:
+        types = bytes(TOKEN_IMAGE if i == IMAGE_ID else TOKEN_TEXT for i in ids)
     return Sequence(
         request_id="r",
-        token_ids=list(range(num_prompt)),
-        prompt_types=types or bytes([TOKEN_TEXT]) * num_prompt,
-        positions=np.zeros((3, num_prompt), dtype=np.int64),
-        next_position=num_prompt,
-        media=(),
+        token_ids=list(ids),
+        prompt_types=types,
+        positions=np.zeros((3, len(ids)), dtype=np.int64),
+        next_position=len(ids),
+        media=media,
         sampling=Sampling(max_tokens=max_tokens),
         prompt_logits=False,
+        priority=priority,
     )
 
 
-def scheduler(budget: Budget, **limits: int) -> Scheduler:
+def scheduler(num_blocks: int, block_size: int = 4, **limits: int) -> Scheduler:
     return Scheduler(
-        budget, **{"max_running": 4, "max_waiting": 100, "max_step_tokens": 16, **limits}
+        BlockPool(num_blocks, block_size),
+        **{"max_running": 4, "max_waiting": 100, "max_step_tokens": 16, **limits},
     )
 
 
-def run_step(target: Scheduler, pools: frozenset[Modality] = ALL) -> list[tuple[Sequence, int]]:
-    """Plays the engine: computes the chunks, appends a token, ends what is done."""
-    ran = []
-    for chunk in target.schedule(pools).chunks:
-        seq = chunk.sequence
+class Machine:
+    """Plays the engine, with a memory that knows whose history each slot holds."""
+
+    def __init__(self, target: Scheduler) -> None:
+        self.target = target
+        self.memory: dict[int, object] = {}
+        self.computed = 0
+
+    def step(self, pools: frozenset[Modality] = ALL) -> Schedule:
+        schedule = self.target.schedule(pools)
+        rows = [(c, slot, i) for c in schedule.chunks for slot, i in self._slots(c)]
+        assert len({slot for _, slot, _ in rows}) == len(rows), "two tokens in one slot"
+        for chunk, slot, i in rows:
+            self.memory[slot] = history(chunk.sequence, i)
+        for chunk in schedule.chunks:
+            self._compute(chunk)
+        self.target.blocks.check()
+        return schedule
+
+    def _slots(self, chunk: Chunk) -> list[tuple[int, int]]:
+        size, blocks = self.target.blocks.block_size, chunk.sequence.table.blocks
+        return [(blocks[i // size] * size + i % size, i) for i in range(chunk.start, chunk.stop)]
+
+    def _compute(self, chunk: Chunk) -> None:
+        seq, size = chunk.sequence, self.target.blocks.block_size
         assert chunk.start == seq.num_computed
+        for i in range(chunk.stop):
+            slot = seq.table.blocks[i // size] * size + i % size
+            assert self.memory[slot] == history(seq, i), "reads somebody else's keys"
+        self.computed += chunk.num_tokens
         is_last = chunk.is_last
-        seq.num_computed = chunk.stop
+        self.target.commit(seq, chunk.stop)
         if is_last:
-            seq.token_ids.append(7)
+            seq.token_ids.append(100 + seq.num_generated)
             if seq.num_generated == seq.sampling.max_tokens:
-                target.remove(seq)
-        ran.append((seq, chunk.num_tokens))
-    return ran
+                self.target.remove(seq)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    shapes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=20),
-    max_running=st.integers(1, 6),
-    max_step_tokens=st.integers(6, 40),
-)
-def test_every_request_ends_within_the_bounds(
-    shapes: list[tuple[int, int]], max_running: int, max_step_tokens: int
-) -> None:
-    budget = Budget(100)
-    target = scheduler(budget, max_running=max_running, max_step_tokens=max_step_tokens)
-    sequences = [sequence(*shape) for shape in shapes]
-    for seq in sequences:
-        target.add(seq)
-    steps = 0
-    while any(target):
-        ran = run_step(target)
-        assert ran, "work is left but nothing runs"
-        assert sum(n for _, n in ran) <= max_step_tokens
-        assert len(ran) <= max_running
-        steps += 1
-        assert steps < 10_000
-    assert all(s.num_generated == s.sampling.max_tokens for s in sequences)
-    assert not budget.held
+def history(seq: Sequence, index: int) -> object:
+    """Everything the keys and values of token `index` depend on."""
+    media = tuple((m.offset, m.digest) for m in seq.media if m.offset <= index)
+    return tuple(seq.token_ids[: index + 1]), seq.prompt_types[: index + 1], media
+
+
+def random_requests(random: Random) -> list[Sequence]:
+    """Few token ids and two images, so that beginnings coincide."""
+    found = []
+    for _ in range(random.randint(1, 14)):
+        ids = random.choices([7, 8], k=random.randint(1, 30))
+        media: tuple[MediaRows, ...] = ()
+        if random.random() < 0.5:
+            ids = [IMAGE_ID] * 5 + ids
+            media = (MediaRows(0, 5, random.choice(["cat", "dog"]), None),)
+        priority = random.randint(0, 1)
+        found.append(sequence(ids, random.randint(1, 12), media=media, priority=priority))
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_request_ends_and_reads_its_own_history(seed: int) -> None:
+    random = Random(seed)
+    max_running, max_step_tokens = random.randint(1, 6), random.randint(6, 40)
+    target = scheduler(
+        random.randint(14, 40), max_running=max_running, max_step_tokens=max_step_tokens
+    )
+    machine, pending = Machine(target), random_requests(random)
+    aborted, everyone = set(), list(pending)
+    for _ in range(5000):
+        for seq in pending[: random.randint(0, 3)]:
+            target.add(seq)
+            pending.remove(seq)
+        if any(target) and random.random() < 0.05:
+            victim = random.choice(list(target))
+            target.remove(victim)
+            aborted.add(id(victim))
+        if not any(target):
+            if not pending:
+                break
+            continue
+        schedule = machine.step()
+        assert schedule.chunks, "work is left but nothing runs"
+        assert sum(c.num_tokens for c in schedule.chunks) <= max_step_tokens
+        assert len(schedule.chunks) <= max_running
+    else:
+        raise AssertionError("some request never ends")
+    for seq in everyone:
+        assert id(seq) in aborted or seq.num_generated == seq.sampling.max_tokens
+    assert target.blocks.num_held == 0
+
+
+def test_the_oldest_request_advances_in_every_step() -> None:
+    """Whatever arrives behind it, with room for little more than one."""
+    target = scheduler(16, max_step_tokens=8)
+    machine, first = Machine(target), sequence(20, 30)
+    target.add(first)
+    machine.step()
+    for i in range(25):
+        target.add(sequence([50 + i] * 9, 20))
+        before = first.num_computed
+        machine.step()
+        assert first.num_computed > before
 
 
 def test_decoding_requests_are_not_held_up_by_a_long_prefill() -> None:
-    target = scheduler(Budget(1000), max_step_tokens=8)
-    short, long = sequence(3, 50), sequence(100, 2)
+    target = scheduler(100, max_step_tokens=8)
+    machine, short, long = Machine(target), sequence(3, 50), sequence([5] * 100, 2)
     target.add(short)
-    run_step(target)
+    machine.step()
     target.add(long)
     for _ in range(10):
         before = short.num_generated
-        run_step(target)
+        machine.step()
         assert short.num_generated == before + 1
     assert long.num_computed == 70
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    target = scheduler(200, max_step_tokens=16)
+    machine, long, short = Machine(target), sequence([5] * 400, 1), sequence([6] * 12, 1)
+    target.add(long)
+    machine.step()
+    target.add(short)
+    machine.step()
+    machine.step()
+    assert short.num_generated == 1
+    assert 0 < long.num_computed < 60
+
+
+def test_a_prefix_is_computed_once_and_shared() -> None:
+    target = scheduler(40, max_step_tokens=64)
+    machine, prefix = Machine(target), [5, 6] * 10
+    first, second = sequence([*prefix, 1], 5), sequence([*prefix, 2, 4], 5)
+    target.add(first)
+    machine.step()
+    target.add(second)
+    before = machine.computed
+    machine.step()
+    assert second.num_cached == 20
+    assert machine.computed - before == 1 + 2  # a decode step of the first, two new tokens here
+    assert target.blocks.num_held == 5 + 1 + 1
+
+
+def test_two_images_at_the_same_placeholders_do_not_share() -> None:
+    target = scheduler(40, max_step_tokens=64)
+    machine = Machine(target)
+    for digest in ("cat", "dog"):
+        target.add(sequence([IMAGE_ID] * 8 + [9], 3, media=(MediaRows(0, 8, digest, None),)))
+        machine.step()
+    assert [s.num_cached for s in target.running] == [0, 0]
+    target.add(sequence([IMAGE_ID] * 8 + [9], 3, media=(MediaRows(0, 8, "cat", None),)))
+    machine.step()
+    assert target.running[-1].num_cached == 8
+
+
+def test_a_whole_known_prompt_still_computes_its_last_token() -> None:
+    target = scheduler(40, max_step_tokens=64)
+    machine = Machine(target)
+    for _ in range(2):
+        target.add(sequence(8, 2))
+        machine.step()
+    assert target.running[-1].num_cached == 4
+
+
+def test_the_last_to_come_is_preempted_and_ends_later() -> None:
+    target = scheduler(6, max_step_tokens=64)
+    machine, first, second = Machine(target), sequence([1] * 6, 16), sequence([2] * 6, 14)
+    target.add(first)
+    target.add(second)
+    preempted = [s for _ in range(60) for s in machine.step().preempted if any(target)]
+    assert preempted
+    assert all(s is second for s in preempted)
+    assert first.num_generated == 16
+    assert second.num_generated == 14
+
+
+def test_priority_goes_before_arrival() -> None:
+    target = scheduler(40, max_running=1)
+    machine = Machine(target)
+    late, urgent = sequence([2] * 4, 1, priority=0), sequence([3] * 4, 1, priority=-1)
+    target.add(late)
+    target.add(urgent)
+    assert [c.sequence for c in machine.step().chunks] == [urgent]
+    assert [c.sequence for c in machine.step().chunks] == [late]
+
+
 def test_first_come_first_admitted() -> None:
     """A request that would fit does not overtake one that has to wait for room."""
-    target = scheduler(Budget(50))
-    first, big, small = sequence(30, 10), sequence(40, 5), sequence(2, 2)
+    target = scheduler(12)
+    first, big, small = sequence([1] * 30, 10), sequence([2] * 40, 5), sequence([3] * 2, 2)
     for seq in (first, big, small):
         target.add(seq)
-    run_step(target)
+    target.schedule(ALL)
     assert target.running == [first]
-    assert list(target.waiting) == [big, small]
+    assert target.waiting == [big, small]
 
 
-def test_full_queue_is_refused_with_a_time_to_come_back() -> None:
-    target = scheduler(Budget(10), max_waiting=1)
-    target.add(sequence(1, 1))
+def test_what_can_never_run_is_refused_at_once() -> None:
+    target = scheduler(4, max_waiting=1)
+    with pytest.raises(errors.ResourceExhausted) as raised:
+        target.add(sequence(10, 7))
+    assert raised.value.retry_after_s is None
+    target.add(sequence(10, 6))
     with pytest.raises(errors.ResourceExhausted) as raised:
         target.add(sequence(1, 1))
     assert raised.value.retry_after_s
 
 
 def test_requests_that_need_an_absent_pool_are_parked_and_others_run() -> None:
-    target = scheduler(Budget(100))
-    text = sequence(4, 5)
-    image = sequence(4, 5, bytes([TOKEN_TEXT, TOKEN_IMAGE, TOKEN_IMAGE, TOKEN_TEXT]))
+    target = scheduler(40)
+    machine = Machine(target)
+    text, image = sequence(4, 5), sequence([9, IMAGE_ID, IMAGE_ID, 9], 5)
     target.add(image)
     target.add(text)
-    schedule = target.schedule(frozenset({Modality.TEXT}))
+    schedule = machine.step(frozenset({Modality.TEXT}))
     assert [c.sequence for c in schedule.chunks] == [text]
     assert schedule.parked == (image,)
-    assert [s for s, _ in run_step(target)] == [image, text]
+    assert {id(c.sequence) for c in machine.step().chunks} == {id(image), id(text)}
 
 
 def test_generated_tokens_need_the_text_pool_only() -> None:
-    seq = sequence(2, 5, bytes([TOKEN_IMAGE, TOKEN_IMAGE]))
+    seq = sequence([IMAGE_ID, IMAGE_ID], 5)
     assert seq.modalities(0, 2) == {Modality.VISION}
     assert seq.modalities(1, 3) == {Modality.VISION, Modality.TEXT}
     assert seq.modalities(2, 3) == {Modality.TEXT}
-
-
-def test_removing_a_running_request_frees_its_room() -> None:
-    budget = Budget(20)
-    target = scheduler(budget)
-    seq = sequence(10, 10)
-    target.add(seq)
-    target.schedule(ALL)
-    assert budget.held
-    target.remove(seq)
-    assert not budget.held
-    assert not any(target)

@@ -129,6 +129,15 @@ DECODER_QUEUE_SECONDS = Histogram(
     "Time requests waited for admission.",
     buckets=LATENCY_BUCKETS,
 )
+PREEMPTIONS = Counter(
+    "chiasm_decoder_preemptions_total", "Requests that gave their KV cache up and wait again."
+)
+PREFIX_CACHE_QUERIES = Counter(
+    "chiasm_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."
+)
+PREFIX_CACHE_HITS = Counter(
+    "chiasm_prefix_cache_hits_total", "Prompt tokens that the prefix cache had."
+)
 RUNNING_REQUESTS = Gauge("chiasm_decoder_running_requests", "Requests in the running batch.")
 WAITING_REQUESTS = Gauge("chiasm_decoder_waiting_requests", "Requests waiting for admission.")
 KV_TOKENS_USED = Gauge("chiasm_decoder_kv_tokens_used", "Tokens with KV cache reserved.")
