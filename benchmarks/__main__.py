@@ -7,10 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import machine, seam
+from benchmarks import seam, serve
+from chiasm.bench import machine
 from chiasm.model.synth import synthesize
 
-CASES = {"seam": seam.run}
+CASES = {"seam": seam.run, "serve": serve.run}
 RESULTS = Path(__file__).parent / "results"
 
 

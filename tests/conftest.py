@@ -13,6 +13,9 @@ from chiasm.model.synth import synthesize
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter; triton must find this when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # torchvision's wheel expects the CUDA build of torch; beside a CPU torch its import fails for want
 # of these two operators' schemas. The transforms that transformers' processors use call neither.
@@ -25,6 +28,11 @@ for _schema in (
         _TORCHVISION.define(_schema)
     except RuntimeError:  # a matching torchvision has defined it
         continue
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

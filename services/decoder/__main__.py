@@ -18,6 +18,8 @@ from chiasm.services.decoder.blocks import BlockPool
 from chiasm.services.decoder.config import DecoderSettings
 from chiasm.services.decoder.embeddings import EmbeddingStore
 from chiasm.services.decoder.engine import Engine
+from chiasm.services.decoder.forward import ForwardPass
+from chiasm.services.decoder.grammars import Grammars
 from chiasm.services.decoder.kv_cache import PagedKVCache
 from chiasm.services.decoder.pools import ExpertPools, LocalPool, Pool, RemotePool
 from chiasm.services.decoder.scheduler import Scheduler
@@ -39,7 +41,7 @@ def build(
         timeout_s=settings.fetch_timeout_s,
         max_message_bytes=CONTROL_BYTES,
     )
-    servicer = DecoderServicer(config, embeddings)
+    servicer = DecoderServicer(config, embeddings, Grammars(settings.model, config))
     remote: list[RemotePool] = []
 
     async def load() -> None:
@@ -136,14 +138,11 @@ def _engine(
     )
     # The engine's own wait is a last resort: a pool gives up before it.
     wait_s = settings.dispatch_timeout_s + settings.attempt_timeout_s
-    return Engine(
-        model,
-        cache,
-        scheduler,
-        ExpertPools(pools, timeout_s=wait_s),
-        device=device,
-        park_timeout_s=settings.park_timeout_s,
+    experts = ExpertPools(pools, timeout_s=wait_s)
+    forward_pass = ForwardPass(
+        model, cache, experts, device=device, micro_batches=settings.micro_batches
     )
+    return Engine(forward_pass, scheduler, experts, park_timeout_s=settings.park_timeout_s)
 
 
 def serve(settings: DecoderSettings) -> int:

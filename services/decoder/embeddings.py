@@ -14,6 +14,15 @@ from chiasm.transport import status, tensors
 from chiasm.transport.channel import open_channel
 from chiasm.v1 import decoder_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
 
+EVICTED = "EMBEDDING_EVICTED"
+"""Reason of NOT_FOUND for embeddings that have to be made again."""
+
+_ENCODER_AWAY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,  # by the encoder, at the end of its drain
+)
+
 
 class EmbeddingStore:
     """Used from the event loop only. Concurrent fetches of one digest share one stream."""
@@ -30,8 +39,8 @@ class EmbeddingStore:
     async def get(self, ref: decoder_pb2.MediaRef, request_id: str) -> torch.Tensor:
         """Embeddings [ref.num_tokens, H].
 
-        Raises NotFound (EMBEDDING_EVICTED) when the encoder no longer has them, Unavailable when it
-        is away.
+        Raises NotFound (EMBEDDING_EVICTED) when the encoder no longer has them or is away: encoding
+        again, elsewhere if need be, is the way out of both.
         """
         found = self._cache.get(ref.digest)
         if found is None:
@@ -64,10 +73,21 @@ class EmbeddingStore:
             try:
                 rows = [self._rows(chunk.rows, ref, chunk.total_rows) async for chunk in call]
             except grpc.RpcError as error:
-                raise status.from_rpc_error(error) from None
+                raise await self._failure(ref, error) from None
         embeddings = torch.cat(rows) if rows else torch.empty(0, self._hidden_size)
         self._cache.put(ref.digest, embeddings, embeddings.nbytes)
         return embeddings
+
+    async def _failure(self, ref: decoder_pb2.MediaRef, error: grpc.RpcError) -> errors.ChiasmError:
+        if error.code() not in _ENCODER_AWAY:
+            return status.from_rpc_error(error)
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            channel = self._channels.pop(ref.encoder_address, None)
+            if channel is not None:
+                await channel.close(None)
+        return errors.NotFound(
+            f"the encoder at {ref.encoder_address} is away: {error.details()}", reason=EVICTED
+        )
 
     def _rows(
         self, wire: tensor_pb2.Tensor, ref: decoder_pb2.MediaRef, total_rows: int

@@ -6,6 +6,7 @@ counts: keys and values it wrote are written again by the next try.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -16,17 +17,15 @@ import structlog
 import torch
 
 from chiasm import errors
-from chiasm.model.text import Batch, LanguageModel
-from chiasm.services.decoder import spans, step
-from chiasm.services.decoder.kv_cache import PagedKVCache, Placed
+from chiasm.services.decoder import spans
+from chiasm.services.decoder.forward import ForwardPass
 from chiasm.services.decoder.pools import ExpertPools, PoolUnavailable
-from chiasm.services.decoder.sampler import sample
+from chiasm.services.decoder.sampler import Choice, choose, prompt_events
 from chiasm.services.decoder.scheduler import Chunk, Scheduler
 from chiasm.services.decoder.sequence import (
     FailedEvent,
     FinishedEvent,
     FinishReason,
-    PromptLogitsEvent,
     Sequence,
     TokenEvent,
 )
@@ -50,23 +49,21 @@ class EngineLoad:
 
 
 class Engine:
-    """Owns the model, the cache, the scheduler and every sequence in them.
+    """Owns the scheduler and every sequence in it.
 
     `submit` and `abort` may be called from any thread; sinks are called from the engine's.
     """
 
     def __init__(
         self,
-        model: LanguageModel,
-        cache: PagedKVCache,
+        forward_pass: ForwardPass,
         scheduler: Scheduler,
         pools: ExpertPools,
         *,
-        device: torch.device,
         park_timeout_s: float,
     ) -> None:
-        self._model, self._cache, self._scheduler, self._pools = model, cache, scheduler, pools
-        self._device, self._park_timeout_ns = device, int(park_timeout_s * 1e9)
+        self._forward_pass, self._scheduler, self._pools = forward_pass, scheduler, pools
+        self._park_timeout_ns = int(park_timeout_s * 1e9)
         self._inbox: deque[Sequence] = deque()
         self._wake = threading.Condition()
         self._stopped = False
@@ -95,11 +92,12 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """Requests and cache in use now."""
+        blocks = self._scheduler.blocks
         return EngineLoad(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting) + len(self._inbox),
-            kv_tokens_used=self._cache.blocks.num_held * self._cache.blocks.block_size,
-            kv_tokens_total=self._cache.blocks.num_blocks * self._cache.blocks.block_size,
+            kv_tokens_used=blocks.num_held * blocks.block_size,
+            kv_tokens_total=blocks.num_blocks * blocks.block_size,
         )
 
     def close(self) -> None:
@@ -170,27 +168,17 @@ class Engine:
         metrics.PREFIX_CACHE_QUERIES.inc(sequence.num_prompt)
         metrics.PREFIX_CACHE_HITS.inc(sequence.num_cached)
 
-    def _forward(self, chunks: tuple[Chunk, ...]) -> list[int | None]:
-        """Runs the chunks; a token for each one that ends its sequence, else None."""
-        batch_input = step.build(chunks, self._model, self._device)
-        batch = Batch(
-            positions=batch_input.positions,
-            rows=batch_input.rows,
-            attention=self._cache.bind(
-                [Placed(c.sequence.table, c.start, c.num_tokens) for c in chunks]
-            ),
-            experts=self._pools,
-        )
-        hidden = self._model(batch_input.embeddings, batch)
+    def _forward(self, chunks: tuple[Chunk, ...]) -> list[Choice | None]:
+        """Runs the chunks; a choice for each one that ends its sequence, else None."""
+        hidden = self._forward_pass.run(chunks)
         self._send_prompt_logits(chunks, hidden)
-        last = [r for c, r in zip(chunks, batch_input.last_rows, strict=True) if c.is_last]
-        logits = iter(self._model.logits(hidden[last])) if last else iter(())
-        return [
-            sample(next(logits), c.sequence.sampling, c.sequence.num_generated)
-            if c.is_last
-            else None
-            for c in chunks
-        ]
+        ends = itertools.accumulate(c.num_tokens for c in chunks)
+        last = [end - 1 for c, end in zip(chunks, ends, strict=True) if c.is_last]
+        if not last:
+            return [None] * len(chunks)
+        logits = self._forward_pass.model.logits(hidden[last])
+        choices = iter(choose(logits, [c.sequence for c in chunks if c.is_last]))
+        return [next(choices) if c.is_last else None for c in chunks]
 
     def _send_prompt_logits(self, chunks: tuple[Chunk, ...], hidden: torch.Tensor) -> None:
         row = 0
@@ -199,34 +187,39 @@ class Engine:
             stop = min(chunk.stop, sequence.num_prompt)
             # A preempted request computes rows again that were sent before.
             start = max(chunk.start, sequence.num_logits_sent)
-            if sequence.prompt_logits and start < stop:
+            if sequence.needs_prompt_rows and start < stop:
                 wanted = hidden[row + start - chunk.start : row + stop - chunk.start]
-                logits = self._model.logits(wanted).cpu()
-                sequence.sink(PromptLogitsEvent(offset=start, rows=logits))
+                logits = self._forward_pass.model.logits(wanted)
+                for event in prompt_events(sequence, start, logits):
+                    sequence.sink(event)
                 sequence.num_logits_sent = stop
             row += chunk.num_tokens
 
     def _commit(
         self,
         chunks: tuple[Chunk, ...],
-        sampled: list[int | None],
+        sampled: list[Choice | None],
         waited: dict[Modality, int],
     ) -> None:
         """The only place where a step changes sequences."""
         now = time.monotonic_ns()
         self.steps += 1
-        for chunk, token in zip(chunks, sampled, strict=True):
+        for chunk, choice in zip(chunks, sampled, strict=True):
             sequence = chunk.sequence
             sequence.parked_since = None
             self._scheduler.commit(sequence, chunk.stop)
             for modality in Modality:
                 sequence.timings.expert_wait[modality] += waited[modality]
-            if token is None:
+            if choice is None:
                 continue
+            if choice.error is not None:
+                self._fail(sequence, choice.error)
+                continue
+            token = choice.token_id
             sequence.token_ids.append(token)
-            if sequence.num_generated == 1:
+            if not sequence.timings.first_token:
                 spans.first_token(sequence, now)
-            sequence.sink(TokenEvent(token_id=token))
+            sequence.sink(TokenEvent(token_id=token, logprob=choice.logprob, top=choice.top))
             if reason := _finish_reason(sequence, token):
                 sequence.timings.finished = now
                 sequence.sink(FinishedEvent(reason=reason))

@@ -8,9 +8,12 @@ from collections.abc import AsyncIterator
 import grpc
 
 from chiasm import errors
-from chiasm.transport import status
 from chiasm.transport.channel import open_channel
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
+
+
+class NoAnswer(errors.DeadlineExceeded):
+    """The server has said nothing, not even that it is too busy."""
 
 
 class ServerLink:
@@ -36,8 +39,8 @@ class ServerLink:
     ) -> experts_pb2.DispatchResponse:
         """Sends a dispatch and waits for its answer; sets the request's id and timeout.
 
-        Raises Unavailable when the stream breaks, DeadlineExceeded when time is up, and what the
-        server answered where it answered an error.
+        Raises Unavailable when the stream breaks, NoAnswer when time is up, and what the server
+        answered where it answered an error.
         """
         if self.is_broken:
             raise errors.Unavailable(f"{self.address} is away")
@@ -50,9 +53,7 @@ class ServerLink:
             async with asyncio.timeout(timeout_s):
                 response: experts_pb2.DispatchResponse = await answer
         except TimeoutError:
-            raise errors.DeadlineExceeded(
-                f"{self.address} did not answer within {timeout_s:.1f} s"
-            ) from None
+            raise NoAnswer(f"{self.address} did not answer within {timeout_s:.1f} s") from None
         finally:
             self._pending.pop(request.dispatch_id, None)
         if response.WhichOneof("result") == "error":
@@ -78,7 +79,8 @@ class ServerLink:
                     answer.set_result(response)
             self._fail(errors.Unavailable(f"{self.address} ended the stream"))
         except grpc.RpcError as error:
-            self._fail(status.from_rpc_error(error))
+            # Whatever ended the stream, the dispatches on it can be repeated.
+            self._fail(errors.Unavailable(f"{self.address}: {error.details()}"))
 
     def _fail(self, error: errors.ChiasmError) -> None:
         self.is_broken = True

@@ -18,22 +18,18 @@ import torch
 from opentelemetry import trace
 
 from chiasm import errors
-from chiasm.membership import Topology
 from chiasm.model.experts import ExpertBank
 from chiasm.model.moe import Dispatch, Partial, PendingPartials
-from chiasm.services.decoder.link import ServerLink
+from chiasm.services.decoder.holders import ShardHolders
+from chiasm.services.decoder.link import NoAnswer, ServerLink
 from chiasm.telemetry import metrics, traces
 from chiasm.transport import tensors
 from chiasm.transport.membership import TopologyWatcher
-from chiasm.types import Modality, shard_experts
+from chiasm.types import Modality
 from chiasm.v1 import common_pb2, experts_pb2
 
 RETRY_PAUSE_S = 0.05
 """Pause before the same holders are tried again, when no other is left."""
-
-HOLDER_WAIT_S = 0.5
-"""How long a dispatch waits for a shard that nobody holds. The engine must not stand still for one
-pool: the requests that need it are parked and begin the step again when the pool is back."""
 
 _WIRE_MODALITY = {
     Modality.TEXT: common_pb2.MODALITY_TEXT,
@@ -133,82 +129,75 @@ class RemotePool:
         timeout_s: float,
         max_message_bytes: int,
     ) -> None:
-        self.is_covered = False
-        self._modality, self._watcher, self._num_experts = modality, watcher, num_experts
+        self._modality = modality
         self._attempt_timeout_s, self._timeout_s = attempt_timeout_s, timeout_s
         self._max_message_bytes = max_message_bytes
         self._loop = asyncio.get_running_loop()
         self._links: dict[str, ServerLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._holders: dict[int, tuple[str, ...]] = {}  # shard -> addresses
-        self._shard_of = torch.zeros(num_experts, dtype=torch.long)
-        watcher.subscribe(self._on_topology)
-        self._on_topology(watcher.current)
+        self._holders = ShardHolders(
+            modality, watcher, num_experts=num_experts, on_gone=self._close_link
+        )
+
+    @property
+    def is_covered(self) -> bool:
+        return self._holders.is_covered
 
     def begin(self, dispatch: Dispatch) -> Future[list[Partial]]:
         return asyncio.run_coroutine_threadsafe(self._dispatch(dispatch), self._loop)
 
     async def close(self) -> None:
         """Closes the links."""
-        await asyncio.gather(*(link.close() for link in self._links.values()))
-
-    def _on_topology(self, topology: Topology) -> None:
-        num_shards = topology.num_shards(self._modality)
-        for shard in range(num_shards):
-            experts = shard_experts(shard, num_shards, self._num_experts)
-            self._shard_of[experts.start : experts.stop] = shard
-        self._holders = {
-            shard: tuple(m.address for m in topology.holders(self._modality, shard))
-            for shard in range(num_shards)
-        }
-        self.is_covered = num_shards > 0 and all(self._holders.values())
-        members = {m.address for m in topology.members}
-        for address in [a for a in self._links if a not in members]:
-            # The orchestrator gave it up, dead or hung: calls in flight go to another holder now.
-            self._closing(self._links.pop(address))
+        await self._holders.close()
+        await asyncio.gather(*(link.close() for link in self._links.values()), *self._tasks)
 
     async def _dispatch(self, dispatch: Dispatch) -> list[Partial]:
-        """Partials of every shard the tokens need; repeats what fails while time is left."""
+        """Partials of every shard the tokens need; repeats what fails while time is left.
+
+        Raises PoolUnavailable as soon as a shard has no holder that can be reached: the engine must
+        not stand still for one pool, it begins the step again when the pool is back.
+        """
         deadline = time.monotonic() + self._timeout_s
-        work = _Work.prepare(dispatch, self._shard_of, len(self._holders))
+        work = _Work.prepare(dispatch, self._holders)
         missing, partials, failed = set(work.shards), [], set[str]()
-        attempt, last_error = 0, "no holder is known"
+        attempt, last_error = 0, errors.Unavailable("no server can be reached")
         while missing:
             left_s = deadline - time.monotonic()
-            if left_s <= 0 or not await self._held(missing, min(left_s, HOLDER_WAIT_S)):
+            if left_s <= 0 or not self._can_compute(missing, work.num_shards):
                 raise PoolUnavailable(
                     self._modality,
                     f"{self._modality} shards {sorted(missing)} are not available: {last_error}",
                 )
             plan = self._plan(missing, failed)
             if plan is None:
+                if not isinstance(last_error, _TRANSIENT):
+                    raise last_error
                 failed.clear()
                 await asyncio.sleep(min(left_s, RETRY_PAUSE_S))
                 continue
+            timeout_s = min(left_s, self._attempt_timeout_s)
             answers = await asyncio.gather(
-                *(
-                    self._send(work, address, shards, attempt, min(left_s, self._attempt_timeout_s))
-                    for address, shards in plan.items()
-                ),
-                return_exceptions=True,
+                *(self._try(work, a, shards, attempt, timeout_s) for a, shards in plan.items())
             )
             for (address, shards), answer in zip(plan.items(), answers, strict=True):
-                if isinstance(answer, BaseException):
-                    if not isinstance(answer, _RETRIED):
-                        raise answer
+                if isinstance(answer, errors.ChiasmError):
                     failed.add(address)
-                    last_error = str(answer)
+                    last_error = answer
                 else:
                     partials.extend(answer)
                     missing.difference_update(shards)
             attempt += 1
         return partials
 
+    def _can_compute(self, shards: set[int], num_shards: int) -> bool:
+        """Whether the pool is still cut as it was and each shard has a holder."""
+        return num_shards == self._holders.num_shards and all(map(self._holders.of, shards))
+
     def _plan(self, shards: set[int], avoid: set[str]) -> dict[str, list[int]] | None:
         """A holder for each shard, least loaded first; None when some shard has none left."""
         plan: dict[str, list[int]] = {}
         for shard in sorted(shards):
-            holders = [a for a in self._holders.get(shard, ()) if a not in avoid]
+            holders = [a for a in self._holders.of(shard) if a not in avoid]
             if not holders:
                 return None
             # A server that is in the plan already takes another shard for free.
@@ -222,26 +211,40 @@ class RemotePool:
 
     def _link(self, address: str) -> ServerLink:
         link = self._links.get(address)
-        if link is None or link.is_broken:
-            if link is not None:
-                self._closing(link)
+        if link is None:
             link = ServerLink(address, max_message_bytes=self._max_message_bytes)
             self._links[address] = link
         return link
 
-    def _closing(self, link: ServerLink) -> None:
-        task = self._loop.create_task(link.close())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _close_link(self, address: str) -> None:
+        """Dead, hung or gone: calls in flight fail now and go to another holder."""
+        if link := self._links.pop(address, None):
+            task = self._loop.create_task(link.close())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _try(
+        self, work: _Work, address: str, shards: list[int], attempt: int, timeout_s: float
+    ) -> list[Partial] | errors.ChiasmError:
+        """The partials, or why there are none; a server that cannot be reached is taken out."""
+        link = self._link(address)
+        try:
+            return await self._send(work, link, shards, attempt, timeout_s)
+        except errors.ChiasmError as error:
+            if link.is_broken or isinstance(error, NoAnswer):
+                self._holders.lost(address)
+                if self._links.get(address) is link:
+                    self._close_link(address)
+            return error
 
     async def _send(
-        self, work: _Work, address: str, shards: list[int], attempt: int, timeout_s: float
+        self, work: _Work, link: ServerLink, shards: list[int], attempt: int, timeout_s: float
     ) -> list[Partial]:
         with traces.child(
             f"dispatch {self._modality}",
             kind=trace.SpanKind.CLIENT,
             attributes={
-                "server.address": address,
+                "server.address": link.address,
                 "chiasm.modality": str(self._modality),
                 "chiasm.layer": work.dispatch.layer,
                 "chiasm.shards": shards,
@@ -249,30 +252,18 @@ class RemotePool:
             },
         ):
             request, rows = work.request(shards, attempt)
-            response = await self._link(address).call(request, timeout_s=timeout_s)
+            response = await link.call(request, timeout_s=timeout_s)
             return _partials(response.partials, rows, shards, work.dispatch.hidden.shape[1])
 
-    async def _held(self, shards: set[int], timeout_s: float) -> bool:
-        """Whether every shard has a holder, now or within the time."""
-        try:
-            await self._watcher.wait_for(
-                lambda _: all(self._holders.get(shard) for shard in shards),
-                timeout_s=timeout_s,
-                what="a holder",
-            )
-        except errors.Unavailable:
-            return False
-        return True
 
-
-_RETRIED = (
+_TRANSIENT = (
     errors.Unavailable,
     errors.DeadlineExceeded,
     errors.DataLoss,
     errors.ResourceExhausted,
     errors.NotFound,
 )
-"""Failures of a server, not of the dispatch: another holder, or the same one later, may do."""
+"""Failures that the same server may get over; any other is final once every holder has had it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,11 +276,11 @@ class _Work:
     shards: tuple[int, ...]
 
     @classmethod
-    def prepare(cls, dispatch: Dispatch, shard_of: torch.Tensor, num_shards: int) -> _Work:
-        shard_ids = shard_of[dispatch.expert_ids.cpu().long()]
+    def prepare(cls, dispatch: Dispatch, holders: ShardHolders) -> _Work:
+        shard_ids = holders.shards_of(dispatch.expert_ids)
         return cls(
             dispatch=dispatch,
-            num_shards=num_shards,
+            num_shards=holders.num_shards,
             shard_ids=shard_ids,
             shards=tuple(torch.unique(shard_ids).tolist()),
         )

@@ -1,34 +1,116 @@
-"""Next token from logits. A request's choices depend on its seed and the step, on nothing else."""
+"""The next token of each sequence, from the model's logits.
+
+A request's choices depend on its own logits, its parameters, its seed and the tokens it has, on
+nothing else: not on the requests beside it, not on how often it was preempted or resumed.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
 import torch
 
-from chiasm.services.decoder.sequence import Sampling
+from chiasm import errors
+from chiasm.services.decoder.draw import draw
+from chiasm.services.decoder.processors import Processors, needs_processors
+from chiasm.services.decoder.sequence import (
+    PromptLogitsEvent,
+    PromptLogprobsEvent,
+    RankedToken,
+    Sequence,
+)
+
+_ROWS_AT_ONCE = 64
+"""Prompt positions whose log-probabilities are computed together: bounds the extra memory."""
 
 
-def sample(logits: torch.Tensor, params: Sampling, step: int) -> int:
-    """Chooses the token number `step` (from 0) of a request.
+class Choice(NamedTuple):
+    """A sequence's next token.
 
-    logits: float32 [V]. Temperature first, then top-k, then top-p on what is left, as vLLM orders
-    them; temperature 0 is argmax, the lowest id winning a tie. The random number comes from a
-    counter-based generator (Philox) keyed by the seed and counted by the step, so a resumed request
-    goes on where it was.
+    logprob, top: natural log-probability of the token, and the likeliest ids with theirs, when
+    asked for; from the unprocessed logits. error: the sequence cannot go on; the rest is void.
     """
-    if params.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.cpu().double() / params.temperature
-    ordered, ids = scaled.sort(descending=True, stable=True)
-    if params.top_k:
-        ordered = ordered[: params.top_k]
-    probs = torch.softmax(ordered, dim=-1)
-    cumulative = probs.cumsum(dim=-1)
-    if params.top_p < 1:
-        # Keep a token while the mass before it is below top_p; the first one always stays.
-        kept = int((cumulative - probs < params.top_p).sum())
-        cumulative = cumulative[: max(kept, 1)]
-    generator = np.random.Generator(np.random.Philox(key=params.seed, counter=step))
-    threshold = generator.random() * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, threshold, right=True))
-    return int(ids[min(index, cumulative.numel() - 1)])
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    error: errors.ChiasmError | None = None
+
+
+def choose(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Choice]:
+    """One choice per sequence; sequences are not changed but for their `processors`.
+
+    logits: float32 [n, V], left as they are. The caller appends the tokens.
+    """
+    processed, failed = _process(logits, sequences)
+    ids = draw(processed, [s.sampling for s in sequences], [s.num_generated for s in sequences])
+    choices = [Choice(token_id=token_id, error=failed.get(i)) for i, token_id in enumerate(ids)]
+    wanted = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
+    if wanted:
+        counts = [sequences[i].sampling.logprobs or 0 for i in wanted]
+        rows = logits if len(wanted) == len(sequences) else logits[wanted]
+        for i, token in zip(wanted, rank(rows, [ids[i] for i in wanted], counts), strict=True):
+            choices[i] = choices[i]._replace(logprob=token.logprob, top=token.top)
+    return choices
+
+
+def _process(
+    logits: torch.Tensor, sequences: Seq[Sequence]
+) -> tuple[torch.Tensor, dict[int, errors.ChiasmError]]:
+    """The logits to draw from, and what went wrong with which sequence."""
+    places = [i for i, sequence in enumerate(sequences) if needs_processors(sequence)]
+    failed: dict[int, errors.ChiasmError] = {}
+    if not places:
+        return logits, failed
+    processed = logits.clone()
+    for i in places:
+        sequence = sequences[i]
+        if sequence.processors is None:
+            sequence.processors = Processors(sequence, logits.shape[-1], logits.device)
+        try:
+            sequence.processors.catch_up(sequence)
+            sequence.processors.apply(processed[i])
+        except errors.ChiasmError as error:
+            failed[i] = error
+    return processed, failed
+
+
+def rank(logits: torch.Tensor, token_ids: Seq[int], counts: Seq[int]) -> list[RankedToken]:
+    """Log-probabilities of a token and of the likeliest ones, per row.
+
+    logits: float32 [n, V]; the log-softmax is taken of them as they are. counts: likeliest tokens
+    to list, per row.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    ids = torch.tensor(token_ids, device=logits.device)[:, None]
+    chosen: list[float] = logprobs.gather(-1, ids)[:, 0].tolist()
+    top = logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1)
+    listed = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        RankedToken(token_id, logprob, tuple(zip(best_ids[:count], best[:count], strict=True)))
+        for token_id, logprob, (best_ids, best), count in zip(
+            token_ids, chosen, listed, counts, strict=True
+        )
+    ]
+
+
+def prompt_events(
+    sequence: Sequence, start: int, logits: torch.Tensor
+) -> Iterator[PromptLogitsEvent | PromptLogprobsEvent]:
+    """What the sequence's owner is to hear of the logits, float32 [N, V], of positions `start`..
+
+    The logits of a position are those of the token after it.
+    """
+    if sequence.prompt_logits:
+        yield PromptLogitsEvent(offset=start, rows=logits.cpu())
+    count = sequence.sampling.prompt_logprobs
+    if count is None:
+        return
+    stop = min(start + len(logits), sequence.num_prompt - 1)
+    for first in range(start, stop, _ROWS_AT_ONCE):
+        last = min(first + _ROWS_AT_ONCE, stop)
+        ids = sequence.token_ids[first + 1 : last + 1]
+        ranked = rank(logits[first - start : last - start], ids, [count] * len(ids))
+        yield PromptLogprobsEvent(offset=first + 1, tokens=tuple(ranked))

@@ -165,7 +165,7 @@ class Scheduler:
 
     def _known_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the sequence's beginning; at least one token is left to compute."""
-        if sequence.prompt_logits:
+        if sequence.needs_prompt_rows:
             return []
         num_full = (len(sequence.token_ids) - 1) // self.blocks.block_size
         return self.blocks.match(self._digests(sequence, num_full))

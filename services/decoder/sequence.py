@@ -26,14 +26,28 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Validated sampling parameters; `max_tokens` fits the context."""
+    """Validated sampling parameters; `max_tokens` fits the context.
+
+    stop_token_ids: with the model's end-of-sequence ids, unless those are to be ignored.
+    think_end_ids: the tokens that end a thought; empty when the prompt does not end within one.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    think_end_ids: tuple[int, ...] = ()
+    thinking_budget: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,9 +63,11 @@ class SequenceTimings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
-    """A generated token."""
+    """A generated token, with its log-probability and the likeliest ones when asked for."""
 
     token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +76,22 @@ class PromptLogitsEvent:
 
     offset: int
     rows: Any
+
+
+class RankedToken(NamedTuple):
+    """A token, its log-probability, and the likeliest ids with theirs, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobsEvent:
+    """Prompt tokens `offset`.. with their log-probabilities."""
+
+    offset: int
+    tokens: tuple[RankedToken, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +108,7 @@ class FailedEvent:
     error: errors.ChiasmError
 
 
-Event = TokenEvent | PromptLogitsEvent | FinishedEvent | FailedEvent
+Event = TokenEvent | PromptLogitsEvent | PromptLogprobsEvent | FinishedEvent | FailedEvent
 
 
 class MediaRows(NamedTuple):
@@ -98,6 +130,10 @@ class Sequence:
     The scheduler's books: the blocks of `table` hold the keys and values of the first tokens,
     `num_computed` of which are there; `digests` of full blocks, `num_sealed` of which can be found
     by others; `num_cached` tokens came from the prefix cache.
+
+    num_resumed: how many of the first `token_ids` were generated elsewhere, before this sequence.
+    matcher: the grammar's automaton (grammars.Matcher), in its first state. processors: the
+    sampler's books; they follow from the rest and can be made again at any time.
     """
 
     request_id: str
@@ -119,17 +155,25 @@ class Sequence:
     num_sealed: int = 0
     num_cached: int = 0
     num_logits_sent: int = 0
+    num_resumed: int = 0
+    matcher: Any = None
+    processors: Any = None
     parked_since: int | None = None
     aborted: bool = False
     timings: SequenceTimings = field(default_factory=SequenceTimings)
     span: trace.Span = trace.INVALID_SPAN
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.token_ids)
+        self.num_prompt = len(self.token_ids) - self.num_resumed
 
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def needs_prompt_rows(self) -> bool:
+        """Whether logits of every prompt position are wanted, so that all must be computed."""
+        return self.prompt_logits or self.sampling.prompt_logprobs is not None
 
     @property
     def num_pending(self) -> int:

@@ -17,12 +17,14 @@ from chiasm.model.positions import position_ids
 from chiasm.services.decoder import wire
 from chiasm.services.decoder.embeddings import EmbeddingStore
 from chiasm.services.decoder.engine import Engine
+from chiasm.services.decoder.grammars import Grammars
 from chiasm.services.decoder.sequence import (
     Event,
     FailedEvent,
     FinishedEvent,
     MediaRows,
     PromptLogitsEvent,
+    PromptLogprobsEvent,
     Sequence,
     TokenEvent,
 )
@@ -35,9 +37,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
     """`engine` is None until the weights are loaded."""
 
-    def __init__(self, config: ModelConfig, embeddings: EmbeddingStore) -> None:
+    def __init__(self, config: ModelConfig, embeddings: EmbeddingStore, grammars: Grammars) -> None:
         self.engine: Engine | None = None
-        self._config, self._embeddings = config, embeddings
+        self._config, self._embeddings, self._grammars = config, embeddings, grammars
         self._calls: dict[str, asyncio.Task[object] | None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -56,7 +58,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 span.set_attributes(
                     {
                         "gen_ai.request.id": request.request_id,
-                        "gen_ai.usage.input_tokens": len(request.token_ids),
+                        "gen_ai.usage.input_tokens": len(request.token_types),
                     }
                 )
                 async for event in self._run(engine, request):
@@ -104,22 +106,29 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         fetch_ns = time.monotonic_ns() - start if request.media else 0
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         sequence = self._sequence(request, embeddings)
+        if request.grammar:
+            sequence.matcher = await asyncio.to_thread(self._grammars.matcher, request.grammar)
 
         def sink(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         sequence.sink = sink
         engine.submit(sequence)
+        is_first = True
         try:
             while True:
                 match await events.get():
-                    case TokenEvent(token_id=token_id):
-                        yield wire.token(token_id)
+                    case TokenEvent() as token:
+                        spent = wire.timings(sequence.timings, fetch_ns) if is_first else None
+                        yield wire.token(token, spent)
+                        is_first = False
+                    case PromptLogprobsEvent() as logprobs:
+                        yield wire.prompt_logprobs(logprobs)
                     case PromptLogitsEvent(offset=offset, rows=rows):
                         for message in wire.prompt_logits(offset, rows, sequence.num_prompt):
                             yield message
                     case FinishedEvent(reason=reason):
-                        yield wire.finished(reason, sequence.timings, fetch_ns)
+                        yield wire.finished(reason, wire.timings(sequence.timings, fetch_ns))
                         return
                     case FailedEvent(error=error):
                         raise error
@@ -130,7 +139,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self, request: decoder_pb2.DecodeRequest, embeddings: list[torch.Tensor]
     ) -> Sequence:
         positions, next_position = position_ids(
-            len(request.token_ids), wire.media(request), self._config
+            len(request.token_types), wire.media(request), self._config
         )
         return Sequence(
             request_id=request.request_id,
@@ -144,5 +153,6 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             ),
             sampling=wire.sampling(request, self._config),
             prompt_logits=request.prompt_logits,
+            num_resumed=request.num_generated,
             trace_context=otel_context.get_current(),
         )

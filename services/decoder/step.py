@@ -15,24 +15,21 @@ from chiasm.types import TOKEN_TEXT, Modality
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
-    """embeddings [T, H]; positions int64 [3, T]; rows per modality present; last_rows: the last
-    row of each chunk."""
+    """embeddings [T, H]; positions int64 [3, T]; rows per modality present."""
 
     embeddings: torch.Tensor
     positions: torch.Tensor
     rows: dict[Modality, torch.Tensor]
-    last_rows: tuple[int, ...]
 
 
 def build(chunks: Seq[Chunk], model: LanguageModel, device: torch.device) -> StepInput:
     """Lays the chunks one after the other, media embeddings in place of their placeholders."""
     token_ids = [t for c in chunks for t in c.sequence.token_ids[c.start : c.stop]]
     embeddings = model.embed(torch.tensor(token_ids, device=device))
-    last_rows, row = [], 0
+    row = 0
     for chunk in chunks:
         _place_media(chunk, embeddings[row : row + chunk.num_tokens])
         row += chunk.num_tokens
-        last_rows.append(row - 1)
     is_vision = np.concatenate([_is_vision(c) for c in chunks])
     rows = {
         modality: torch.from_numpy(np.flatnonzero(mask)).to(device)
@@ -44,7 +41,6 @@ def build(chunks: Seq[Chunk], model: LanguageModel, device: torch.device) -> Ste
         embeddings=embeddings,
         positions=torch.from_numpy(positions).to(device),
         rows=rows,
-        last_rows=tuple(last_rows),
     )
 
 

@@ -97,16 +97,44 @@ PromptInput = Conversation | TokenIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """A form that answers must have, in llguidance's notation.
+
+    `field` is the path in the request of what it was made from.
+    """
+
+    source: str
+    field: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. `max_tokens` 0: as many as fit; `seed` None: the decoder's choice."""
+    """How tokens are chosen and answers end.
+
+    `max_tokens` 0: as many as fit; `seed` None: the gateway's choice. `stop` holds the stop
+    strings; `include_stop`: what stops an answer is shown.
+    """
 
     max_tokens: int
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
     seed: int | None
+    stop: tuple[str, ...]
+    include_stop: bool
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    min_tokens: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    num_choices: int
+    thinking_budget: int | None
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from chiasm.services.gateway.decoders import Decoders
 from chiasm.services.gateway.encoders import Encoders
 from chiasm.services.gateway.generation import Generator
 from chiasm.services.gateway.prompts import PromptBuilder
+from chiasm.services.gateway.thinking import always_thinks
 from chiasm.services.gateway.validate import Validator
 from chiasm.transport.membership import TopologyWatcher
 
@@ -71,5 +72,6 @@ def build(
         max_media_items=settings.max_media_items,
         max_request_media_bytes=settings.max_request_media_bytes,
         max_text_bytes=settings.max_text_bytes,
+        always_thinks=always_thinks(settings.model),
     )
     return Engine(config=config, validator=validator, prompts=prompts, generator=generator)

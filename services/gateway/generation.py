@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 
 import structlog
 
 from chiasm import errors
 from chiasm.model.config import ModelConfig
-from chiasm.model.tokenizer import IncrementalDecoder, Tokenizer
+from chiasm.model.tokenizer import Tokenizer
+from chiasm.services.gateway import grammars, thinking
+from chiasm.services.gateway.answer import Answer
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.decoders import EVICTED, Decoders
-from chiasm.services.gateway.domain import Encoded, Generation, Usage
+from chiasm.services.gateway.domain import Generation, Usage
+from chiasm.services.gateway.merging import merged
 from chiasm.services.gateway.observation import Observation
 from chiasm.services.gateway.prompts import LaidOut, PromptBuilder
-from chiasm.types import MediaKind
-from chiasm.v1 import common_pb2, decoder_pb2, inference_pb2
+from chiasm.services.gateway.requests import decode_request
+from chiasm.v1 import decoder_pb2, inference_pb2
 
 Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 Events = AsyncGenerator[decoder_pb2.DecodeEvent, None]
 
 _MAX_ENCODE_AGAIN = 2
 _LOGIT_BYTES = 4
-_WIRE_KINDS = {
-    MediaKind.IMAGE: common_pb2.MEDIA_KIND_IMAGE,
-    MediaKind.VIDEO: common_pb2.MEDIA_KIND_VIDEO,
-}
 _REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
 }
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """What all answers to one request have in common.
+
+    seed: of the first answer. thought_end: the token that ends the thought in which the prompt
+    breaks off, if it does.
+    """
+
+    generation: Generation
+    laid_out: LaidOut
+    observation: Observation
+    deadline: Deadline
+    seed: int
+    thought_end: int | None
 
 
 class Generator:
@@ -55,7 +73,10 @@ class Generator:
     async def run(
         self, generation: Generation, observation: Observation, deadline: Deadline
     ) -> Responses:
-        """Streams the answer. Raises chiasm.errors."""
+        """Streams the answers. Raises chiasm.errors."""
+        grammar, seed = generation.sampling.grammar, generation.sampling.seed
+        if grammar is not None:
+            await asyncio.to_thread(grammars.check, grammar)
         laid_out = await self._prompts.build(
             generation.prompt,
             request_id=generation.request_id,
@@ -66,23 +87,58 @@ class Generator:
             observation.encoded(laid_out.encode_ns)
         self._check_fit(generation, laid_out)
         observation.laid_out(laid_out.usage)
+        token_ids = laid_out.prompt.token_ids
         yield inference_pb2.GenerateResponse(
             started=inference_pb2.Started(
                 request_id=generation.request_id,
                 model=self._model_name,
-                prompt_token_ids=laid_out.prompt.token_ids if generation.prompt_token_ids else (),
+                prompt_token_ids=token_ids if generation.prompt_token_ids else (),
             )
         )
-        answer = _Answer(generation, laid_out, observation, self._tokenizer)
-        events = self._decode(generation, laid_out, observation, deadline)
+        call = _Call(
+            generation=generation,
+            laid_out=laid_out,
+            observation=observation,
+            deadline=deadline,
+            seed=secrets.randbits(64) if seed is None else seed,
+            thought_end=thinking.thought_end(token_ids, self._tokenizer),
+        )
+        answers = [self._new_answer(call, i) for i in range(generation.sampling.num_choices)]
+        responses = merged(
+            [self._stream(call, i, answer) for i, answer in enumerate(answers)],
+            lambda response: response.HasField("delta"),
+        )
+        try:
+            async for response in responses:
+                yield response
+        finally:
+            await responses.aclose()
+        yield _finished(call, answers)
+
+    def _new_answer(self, call: _Call, index: int) -> Answer:
+        return Answer(
+            index=index,
+            sampling=call.generation.sampling,
+            tokenizer=self._tokenizer,
+            thought_end=call.thought_end,
+        )
+
+    async def _stream(self, call: _Call, index: int, answer: Answer) -> Responses:
+        """One answer; the decoder's stream is closed as soon as it is complete."""
+        events = self._decode(call, index)
         try:
             async for event in events:
-                for response in answer.responses(event):
+                num_before = answer.num_tokens
+                responses = answer.responses(event)
+                if answer.num_tokens > num_before:
+                    call.observation.generated(answer.num_tokens - num_before)
+                for response in responses:
                     yield response
+                if answer.reason is not None:
+                    return
         finally:
             await events.aclose()
-        if not answer.is_finished:
-            raise errors.Internal("the decoder ended the stream without a finished event")
+        raise errors.Internal("the decoder ended the stream without a finished event")
 
     def _check_fit(self, generation: Generation, laid_out: LaidOut) -> None:
         num_tokens, max_tokens = laid_out.usage.prompt_tokens, generation.sampling.max_tokens
@@ -106,17 +162,21 @@ class Generator:
                 f"limit {self._max_prompt_logits_bytes}",
             )
 
-    async def _decode(
-        self,
-        generation: Generation,
-        laid_out: LaidOut,
-        observation: Observation,
-        deadline: Deadline,
-    ) -> Events:
+    async def _decode(self, call: _Call, index: int) -> Events:
         """The decoder's events; media whose embeddings were evicted meanwhile are encoded again."""
+        laid_out, observation, deadline = call.laid_out, call.observation, call.deadline
         encoded = laid_out.encoded
+        room = self._config.text.max_position_embeddings - laid_out.usage.prompt_tokens
         for encodes_left in range(_MAX_ENCODE_AGAIN, -1, -1):
-            request = self._request(generation, laid_out, encoded)
+            request = decode_request(
+                call.generation,
+                laid_out,
+                encoded,
+                index=index,
+                seed=call.seed,
+                max_tokens=call.generation.sampling.max_tokens or room,
+                thought_end=call.thought_end,
+            )
             events = self._decoders.decode(request, deadline=deadline, context=observation.context)
             try:
                 async for event in events:
@@ -130,7 +190,7 @@ class Generator:
                 await events.aclose()
             encoded = await self._prompts.encode(
                 laid_out.items,
-                request_id=generation.request_id,
+                request_id=call.generation.request_id,
                 deadline=deadline,
                 context=observation.context,
             )
@@ -144,97 +204,25 @@ class Generator:
             retry_after_s=self._retry_after_s,
         )
 
-    def _request(
-        self, generation: Generation, laid_out: LaidOut, encoded: tuple[Encoded, ...]
-    ) -> decoder_pb2.DecodeRequest:
-        sampling = generation.sampling
-        room = self._config.text.max_position_embeddings - laid_out.usage.prompt_tokens
-        return decoder_pb2.DecodeRequest(
-            request_id=generation.request_id,
-            token_ids=laid_out.prompt.token_ids,
-            token_types=laid_out.prompt.token_types,
-            media=[
-                decoder_pb2.MediaRef(
-                    digest=encoded[item.index].digest,
-                    kind=_WIRE_KINDS[item.kind],
-                    grid=common_pb2.GridThw(t=item.grid.t, h=item.grid.h, w=item.grid.w),
-                    offset=item.offset,
-                    num_tokens=item.num_tokens,
-                    encoder_address=encoded[item.index].encoder_address,
-                )
-                for item in laid_out.prompt.media
-            ],
-            sampling=inference_pb2.SamplingParams(
-                max_tokens=sampling.max_tokens or room,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=sampling.seed,
-                stop_token_ids=sampling.stop_token_ids,
-                ignore_eos=sampling.ignore_eos,
-            ),
-            prompt_logits=generation.prompt_logits,
+
+def _finished(call: _Call, answers: Sequence[Answer]) -> inference_pb2.GenerateResponse:
+    """The last event; records that the call ended well."""
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    first, laid_out = answers[0], call.laid_out
+    reason = first.reason or inference_pb2.FINISH_REASON_UNSPECIFIED
+    call.observation.finished(_REASONS[reason], num_tokens)
+    timings = inference_pb2.Timings()
+    timings.CopyFrom(first.timings)
+    timings.layout_ns = laid_out.layout_ns
+    timings.encode_ns = laid_out.encode_ns
+    timings.total_ns = call.observation.elapsed_ns()
+    return inference_pb2.GenerateResponse(
+        finished=inference_pb2.Finished(
+            reason=reason,
+            usage=usage_message(laid_out.usage, completion_tokens=num_tokens),
+            timings=timings,
         )
-
-
-class _Answer:
-    """Turns a decoder's events into the client's; owns the text and the counts."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        laid_out: LaidOut,
-        observation: Observation,
-        tokenizer: Tokenizer,
-    ) -> None:
-        self._laid_out, self._observation = laid_out, observation
-        self._text = IncrementalDecoder(tokenizer)
-        self._silent = frozenset(generation.sampling.stop_token_ids)
-        self._num_tokens = 0
-        self.is_finished = False
-
-    def responses(self, event: decoder_pb2.DecodeEvent) -> list[inference_pb2.GenerateResponse]:
-        """What the client hears of an event."""
-        match event.WhichOneof("event"):
-            case "tokens":
-                return [self._delta(event.tokens.token_ids)]
-            case "prompt_logits":
-                return [inference_pb2.GenerateResponse(prompt_logits=event.prompt_logits)]
-            case "finished":
-                return self._finish(event.finished)
-        return []
-
-    def _delta(self, token_ids: Sequence[int]) -> inference_pb2.GenerateResponse:
-        """Stop tokens of the request count and are listed, but are no text, as in vLLM."""
-        self._num_tokens += len(token_ids)
-        self._observation.generated(len(token_ids))
-        text = self._text.push(i for i in token_ids if i not in self._silent)
-        return inference_pb2.GenerateResponse(
-            delta=inference_pb2.Delta(text=text, token_ids=token_ids)
-        )
-
-    def _finish(self, finished: decoder_pb2.DecodeFinished) -> list[inference_pb2.GenerateResponse]:
-        if finished.reason not in _REASONS:
-            raise errors.Internal(f"the decoder sent finish reason {finished.reason}")
-        self.is_finished = True
-        self._observation.finished(_REASONS[finished.reason], self._num_tokens)
-        usage = self._laid_out.usage
-        timings = inference_pb2.Timings()
-        timings.CopyFrom(finished.timings)
-        timings.layout_ns = self._laid_out.layout_ns
-        timings.encode_ns = self._laid_out.encode_ns
-        timings.total_ns = self._observation.elapsed_ns()
-        last = inference_pb2.GenerateResponse(
-            finished=inference_pb2.Finished(
-                reason=finished.reason,
-                usage=usage_message(usage, completion_tokens=self._num_tokens),
-                timings=timings,
-            )
-        )
-        rest = self._text.flush()
-        if not rest:
-            return [last]
-        return [inference_pb2.GenerateResponse(delta=inference_pb2.Delta(text=rest)), last]
+    )
 
 
 def usage_message(usage: Usage, *, completion_tokens: int) -> inference_pb2.Usage:

@@ -129,6 +129,8 @@ def _invalid_strings(twin: Message, original: Descriptor, prefix: str) -> Iterat
     """Paths of strings of `original` whose bytes in `twin` are not UTF-8, in field order."""
     for field, value in twin.ListFields():
         of_original = original.fields_by_name[field.name]
+        if of_original.message_type and of_original.message_type.GetOptions().map_entry:
+            continue  # the maps of the contracts hold numbers
         is_repeated = not isinstance(value, (bytes, Message)) and hasattr(value, "__len__")
         entries = (
             [(f"{prefix}{field.name}[{i}]", entry) for i, entry in enumerate(value)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
-from collections.abc import Iterable
 
 from chiasm import errors
 from chiasm.services.gateway.domain import (
@@ -14,10 +12,10 @@ from chiasm.services.gateway.domain import (
     MediaSource,
     Message,
     PromptInput,
-    Sampling,
     Text,
     TokenIds,
 )
+from chiasm.services.gateway.sampling import check_ids, sampling
 from chiasm.types import MediaKind
 from chiasm.v1 import inference_pb2
 
@@ -39,6 +37,7 @@ class Validator:
         max_media_items: int,
         max_request_media_bytes: int,
         max_text_bytes: int,
+        always_thinks: bool = False,
     ) -> None:
         self._model_name = model_name
         self._vocab_size = vocab_size
@@ -46,6 +45,7 @@ class Validator:
         self._max_media_items = max_media_items
         self._max_request_media_bytes = max_request_media_bytes
         self._max_text_bytes = max_text_bytes
+        self._always_thinks = always_thinks
 
     def generation(self, request: inference_pb2.GenerateRequest) -> Generation:
         """A valid GenerateRequest; an empty id is replaced by a fresh one."""
@@ -53,7 +53,11 @@ class Validator:
         return Generation(
             request_id=request_id(request.request_id),
             prompt=self._prompt(request),
-            sampling=self._sampling(request.sampling),
+            sampling=sampling(
+                request.sampling,
+                vocab_size=self._vocab_size,
+                max_context_tokens=self._max_context_tokens,
+            ),
             prompt_token_ids=request.output.prompt_token_ids,
             prompt_logits=request.output.prompt_logits,
         )
@@ -98,7 +102,9 @@ class Validator:
                 f"chat.messages[{len(messages) - 1}].role",
                 "the last message must be the user's or the assistant's",
             )
-        return Conversation(messages=messages, enable_thinking=chat.enable_thinking)
+        return Conversation(
+            messages=messages, enable_thinking=chat.enable_thinking or self._always_thinks
+        )
 
     def _bound_text(self, chat: inference_pb2.Chat) -> None:
         """Bounds what will be made of the chat: its text, and its parts, however small."""
@@ -128,7 +134,7 @@ class Validator:
             )
         if len(tokens.images) + len(tokens.videos) > num_ids:
             raise errors.InvalidArgument("tokens.token_ids", "there are more media than tokens")
-        self._ids("tokens.token_ids", tokens.token_ids)
+        check_ids("tokens.token_ids", tokens.token_ids, self._vocab_size)
         return TokenIds(
             token_ids=tuple(tokens.token_ids),
             images=tuple(
@@ -140,13 +146,6 @@ class Validator:
                 for i, media in enumerate(tokens.videos)
             ),
         )
-
-    def _ids(self, field: str, token_ids: Iterable[int]) -> None:
-        for i, token_id in enumerate(token_ids):
-            if token_id >= self._vocab_size:
-                raise errors.InvalidArgument(
-                    f"{field}[{i}]", f"{token_id} is outside the vocabulary of {self._vocab_size}"
-                )
 
     def _media(self, media: tuple[MediaSource, ...]) -> None:
         if len(media) > self._max_media_items:
@@ -163,31 +162,6 @@ class Validator:
                     source.field,
                     f"all media are larger than {self._max_request_media_bytes} bytes",
                 )
-
-    def _sampling(self, sampling: inference_pb2.SamplingParams) -> Sampling:
-        temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise errors.InvalidArgument(
-                "sampling.temperature", f"must be a finite number >= 0, not {temperature}"
-            )
-        top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
-        if not 0 < top_p <= 1:
-            raise errors.InvalidArgument("sampling.top_p", f"must lie in (0, 1], not {top_p}")
-        if sampling.max_tokens >= self._max_context_tokens:
-            raise errors.InvalidArgument(
-                "sampling.max_tokens",
-                f"{sampling.max_tokens} does not fit the context of {self._max_context_tokens}",
-            )
-        self._ids("sampling.stop_token_ids", sampling.stop_token_ids)
-        return Sampling(
-            max_tokens=sampling.max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed if sampling.HasField("seed") else None,
-            stop_token_ids=tuple(sampling.stop_token_ids),
-            ignore_eos=sampling.ignore_eos,
-        )
 
 
 def request_id(value: str) -> str:

@@ -200,7 +200,7 @@ class LocalStack:
                     yield f"{modality}-pool-{server}", "chiasm.services.expert_pool", flags
         yield "vision-encoder", "chiasm.services.vision_encoder", model
         yield "decoder", "chiasm.services.decoder", decoder
-        yield "gateway", "chiasm.services.gateway", ["--model", str(config.model)]
+        yield "gateway", "chiasm.services.gateway", model
 
     def _spawn(self, name: str, module: str, port: int, *flags: str) -> None:
         # Only the public API may be reached from outside.

@@ -29,10 +29,26 @@ class Answer:
 
 
 class Reference:
-    """The reference model of a checkpoint with the processor its files describe."""
+    """The reference model of a checkpoint with the processor its files describe.
+
+    `min_gate_gap` tells whether any two correct implementations must agree: where two experts are
+    tied to within rounding, they need not, and everything after that token may differ.
+    """
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
+        self.min_gate_gap = float("inf")
+        for module in model.modules():
+            if hasattr(module, "moe_statics"):
+                module.register_forward_hook(self._watch_gate)
+
+    def _watch_gate(self, gate: Any, inputs: tuple[torch.Tensor], _: object) -> None:
+        """Notes how near the last chosen expert and the first not chosen came to each other."""
+        probs = torch.softmax(inputs[0].float() @ gate.weight.float().t(), dim=-1)
+        ordered = (probs + gate.moe_statics.e_score_correction_bias).sort(descending=True).values
+        if ordered.numel():
+            gap = ordered[:, gate.top_k - 1] - ordered[:, gate.top_k]
+            self.min_gate_gap = min(self.min_gate_gap, float(gap.min()))
 
     @classmethod
     def of(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Reference:

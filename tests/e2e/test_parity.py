@@ -23,6 +23,9 @@ from chiasm.client import Client, Result, Sampling, image, user
 LOGITS_TOLERANCE = 1e-4
 NUM_TOKENS = 64
 
+MIN_GATE_GAP = 3e-6
+"""Experts nearer to each other than this may change places with the rounding."""
+
 GREEDY = Sampling(max_tokens=NUM_TOKENS, temperature=0, seed=0, ignore_eos=True)
 
 
@@ -49,14 +52,14 @@ class Setup:
 
 
 SETUPS = {
-    "hub, one shard": Setup(make=checkpoints.hub, seed=11, text=(1, 1), vision=(1, 1)),
+    "hub, one shard": Setup(make=checkpoints.hub, seed=14, text=(1, 1), vision=(1, 1)),
     "hub, 8 text shards on 4": Setup(make=checkpoints.hub, seed=12, text=(8, 4), vision=(2, 2)),
     "native, 8 vision shards on 3": Setup(
         make=checkpoints.native, seed=13, text=(2, 1), vision=(8, 3)
     ),
-    "saved by transformers": Setup(make=checkpoints.saved, seed=14, text=(8, 2), vision=(8, 1)),
+    "saved by transformers": Setup(make=checkpoints.saved, seed=17, text=(8, 2), vision=(8, 1)),
     "paddle, colocated": Setup(
-        make=checkpoints.paddle, seed=15, text=(2, 1), vision=(8, 1), colocate=True
+        make=checkpoints.paddle, seed=22, text=(2, 1), vision=(8, 1), colocate=True
     ),
 }
 
@@ -79,7 +82,9 @@ def reference(setup: Setup, directory: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def expected(reference: Reference) -> dict[str, Answer]:
-    return {case.name: reference.answer(case, NUM_TOKENS) for case in cases()}
+    answers = {case.name: reference.answer(case, NUM_TOKENS) for case in cases()}
+    assert reference.min_gate_gap > MIN_GATE_GAP, "two experts are tied: take another seed"
+    return answers
 
 
 @pytest.fixture(scope="module")

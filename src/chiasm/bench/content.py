@@ -13,17 +13,19 @@ _THUMBNAIL = 12
 _JPEG_QUALITY = 85
 
 # Short and frequent: large vocabularies hold each of them, with its space, as one token.
-_WORDS = """\
-the of and to in is that for it as was with be by on not he his but at are this have from or had
-an they which one you were all her she there would their we him been has when who will no more if
-out so up said what its about than into them can only other time new some could these two may first
-then do any like my now over such our man me even most made after also did many off before must well
-back through years much where your way down should because long each just state people those too
-good little world very still see own work life here both between being under day get know never used
-same another go come great old high while left last might part year off came right place again small
-found use part house during without hand general home water number need end point night head set few
-case school group water public large book line war name once light music room fire white far open
-""".split()
+_COMMON = """\
+the of and to in is that for it as was with be by on not he his but at are this have from or had an
+they which one you were all her she there would their we him been has when who will no more if out
+so up said what its about than into them can only other time new some could these two may first
+then do any like my now over such our man me even most made after also did many off before must
+well back through years much where your way down should because long each just state people those
+too good little world very still see own work life here both between being under day get know never
+used same another go come great old high while left last might part year off came right place again
+small found use part house during without hand general home water number need end point night head
+set few case school group water public large book line war name once light music room fire white
+far open
+"""
+_WORDS = _COMMON.split()
 
 
 def token_ids(passage: Passage, low: int, high: int) -> list[int]:

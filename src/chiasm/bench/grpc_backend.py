@@ -169,5 +169,3 @@ def _done(event: client.Finished) -> Done:
         output_tokens=event.usage.completion_tokens,
         timings_ns={name.removesuffix("_ns"): ns for name, ns in timings.items()},
     )
-
-

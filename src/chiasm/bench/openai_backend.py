@@ -165,7 +165,9 @@ def _choice_text(choice: dict[str, Any]) -> str:
     delta = choice.get("delta")
     if delta is None:
         return str(choice.get("text") or "")
-    return str(delta.get("content") or delta.get("reasoning_content") or "")
+    return str(
+        delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or ""
+    )
 
 
 def _messages(history: Sequence[Exchange], turn: Turn) -> list[dict[str, object]]:

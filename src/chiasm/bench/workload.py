@@ -95,7 +95,8 @@ class RandomWorkload:
             )
 
     def _turn(self, rng: np.random.Generator, content: Seed, index: int, turn: int) -> Turn:
-        prefix, pictures = None, ()
+        prefix: Passage | None = None
+        pictures: tuple[Picture, ...] = ()
         if turn == 0:
             has_images = rng.random() < self.image_share
             group = int(rng.integers(max(self.prefix_groups, 1)))
@@ -109,9 +110,7 @@ class RandomWorkload:
             max_tokens=self.output_len.draw(rng),
         )
 
-    def _pictures(
-        self, rng: np.random.Generator, content: Seed, index: int
-    ) -> tuple[Picture, ...]:
+    def _pictures(self, rng: np.random.Generator, content: Seed, index: int) -> tuple[Picture, ...]:
         def one(i: int) -> Picture:
             if not self.image_pool:
                 size = self.image_sizes[int(rng.integers(len(self.image_sizes)))]

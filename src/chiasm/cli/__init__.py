@@ -6,6 +6,7 @@ from importlib import import_module
 
 import typer
 
+from chiasm.cli.bench import bench
 from chiasm.cli.chat import chat
 from chiasm.cli.demo import demo
 from chiasm.cli.generate import generate
@@ -52,5 +53,6 @@ def _add_service(name: str, module: str, help_text: str) -> None:
 
 for _command in (up, status, generate, chat, demo, synth):
     app.command()(_command)
+app.add_typer(bench)
 for _name, (_module, _help) in _SERVICES.items():
     _add_service(_name, _module, _help)

@@ -90,6 +90,8 @@ class Session:
             ):
                 if isinstance(event, Delta):
                     answer.append(event.text)
+                    if event.reasoning_text:
+                        self._console.print(event.reasoning_text, end="", markup=False, style="dim")
                     self._console.print(event.text, end="", markup=False)
                 elif isinstance(event, Finished):
                     seconds = event.timings.total_ns / 1e9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from typing import Annotated
 import typer
 
 from chiasm import errors
-from chiasm.cli import failures, messages
-from chiasm.client import Client, Delta, Media, Prompt, Result, Sampling, user
+from chiasm.cli import answers, failures, messages
+from chiasm.client import Client, Delta, Media, Prompt, Sampling, user
 from chiasm.telemetry import traces
 from chiasm.transport.service import flush
 from chiasm.types import MediaKind
@@ -50,9 +49,35 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the random stream.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
     top_k: Annotated[int, typer.Option(help="Most likely tokens to keep; 0: all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Least share of the likeliest token's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: against tokens of prompt and answer.")
+    ] = None,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Against tokens of the answer, in [-2, 2].")
+    ] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, once per occurrence.")] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="String that ends the answer; may be repeated.")
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="Tokens before the answer may end.")] = 0,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens.")
     ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: likeliest tokens to list at each place, 0 to 20."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Answers; more than one needs --json.")] = 1,
+    response_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM", help="File with a JSON Schema (- reads stdin), or regex:PATTERN."
+        ),
+    ] = None,
+    thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of a thought.")] = None,
     enable_thinking: Annotated[
         bool, typer.Option("--enable-thinking", help="Let the model think first.")
     ] = False,
@@ -66,18 +91,30 @@ def generate(
     Exit status: 0, or 2 for a request that was refused, or 1 for any other failure.
     """
     provider = traces.configure("cli", instance_id="generate")
-    sampling = Sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        ignore_eos=ignore_eos,
-    )
     try:
         with failures.reported():
             if timeout <= 0:
                 raise errors.InvalidArgument("--timeout", "must be more than 0")
+            if not as_json and (n > 1 or logprobs is not None):
+                raise errors.InvalidArgument("--json", "is needed for --n and --logprobs")
+            sampling = Sampling(
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                stop=stop or (),
+                min_tokens=min_tokens,
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+                n=n,
+                response_format=answers.read_form(response_format, name="--response-format"),
+                thinking_budget=thinking_budget,
+            )
             request = build_prompt(
                 prompt, messages_json, prompt_token_ids, image or (), video or ()
             )
@@ -86,7 +123,7 @@ def generate(
                     result = client.complete(
                         request, sampling=sampling, enable_thinking=enable_thinking
                     )
-                    sys.stdout.write(json.dumps(to_json(result)) + "\n")
+                    sys.stdout.write(json.dumps(answers.to_json(result)) + "\n")
                 else:
                     _stream(client, request, sampling, enable_thinking)
     finally:
@@ -119,24 +156,13 @@ def build_prompt(
     return [user(*media, messages.read_text(text or "", name="--prompt"))]
 
 
-def to_json(result: Result) -> dict[str, object]:
-    """An answer as one JSON object."""
-    return {
-        "request_id": result.request_id,
-        "model": result.model,
-        "text": result.text,
-        "token_ids": list(result.token_ids),
-        "prompt_token_ids": list(result.prompt_token_ids),
-        "finish_reason": result.finish_reason,
-        "usage": dataclasses.asdict(result.usage),
-        "timings": dataclasses.asdict(result.timings),
-    }
-
-
 def _stream(client: Client, prompt: Prompt, sampling: Sampling, enable_thinking: bool) -> None:
-    out = sys.stdout.buffer
+    """The answer to stdout as it comes, a thought before it to stderr."""
+    out, aside = sys.stdout.buffer, sys.stderr.buffer
     for event in client.generate(prompt, sampling=sampling, enable_thinking=enable_thinking):
         if isinstance(event, Delta):
+            aside.write(event.reasoning_text.encode())
+            aside.flush()
             out.write(event.text.encode())
             out.flush()
     out.write(b"\n")

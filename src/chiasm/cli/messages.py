@@ -42,7 +42,7 @@ def read_file(path: str, *, name: str) -> bytes:
 
 def read_text(text: str, *, name: str) -> str:
     """The text itself, or what stdin holds for `-`."""
-    return _decoded(read_file("-", name=name), name) if text == "-" else text
+    return decoded(read_file("-", name=name), name) if text == "-" else text
 
 
 def load_media(kind: MediaKind, paths: Sequence[str], *, name: str) -> list[Media]:
@@ -153,13 +153,14 @@ def _media(kind: MediaKind, source: str, path: str) -> Media:
 
 def _json(path: str, name: str) -> object:
     try:
-        value: object = json.loads(_decoded(read_file(path, name=name), name))
+        value: object = json.loads(decoded(read_file(path, name=name), name))
     except (ValueError, RecursionError) as error:
         raise errors.InvalidArgument(name, f"is not JSON: {error}") from None
     return value
 
 
-def _decoded(data: bytes, name: str) -> str:
+def decoded(data: bytes, name: str) -> str:
+    """The text of UTF-8. Raises InvalidArgument that names `name`."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry import trace
 
 from chiasm.client import calls, codec, events
+from chiasm.client.assembly import Assembler
 from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
 from chiasm.transport import channel
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
@@ -54,7 +55,8 @@ class AsyncClient:
         model: str = "",
         timeout_s: float | None = None,
     ) -> AsyncIterator[events.Event]:
-        """Streams the answer: Started, PromptLogits if asked for, Deltas, Finished.
+        """Streams the answer: Started, PromptLogits and PromptLogprobs if asked for, Deltas, a
+        ChoiceFinished for each answer, Finished.
 
         Closing the iterator (`aclose`) or cancelling the task cancels the request.
         """
@@ -94,7 +96,7 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> events.Result:
         """The whole answer at once."""
-        assembler = codec.Assembler()
+        assembler = Assembler()
         async for event in self.generate(
             prompt,
             sampling=sampling,

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
 
 from chiasm import errors
 from chiasm.client import events
-from chiasm.client.messages import DEFAULT_SAMPLING, Media, Message, Prompt, Sampling, Text, Tokens
+from chiasm.client.messages import (
+    DEFAULT_SAMPLING,
+    JsonObject,
+    JsonSchema,
+    Media,
+    Message,
+    OneOf,
+    Prompt,
+    Regex,
+    ResponseFormat,
+    Sampling,
+    Text,
+    Tokens,
+)
 from chiasm.types import MediaKind
 from chiasm.v1 import inference_pb2, tensor_pb2
 
@@ -106,16 +120,48 @@ def _media(media: Media) -> inference_pb2.Media:
 
 
 def _sampling(sampling: Sampling) -> inference_pb2.SamplingParams:
-    seed = sampling.seed
+    biases = {
+        _integer("sampling.logit_bias", token_id): bias
+        for token_id, bias in sampling.logit_bias.items()
+    }
     return inference_pb2.SamplingParams(
         max_tokens=_integer("sampling.max_tokens", sampling.max_tokens),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=_integer("sampling.top_k", sampling.top_k),
-        seed=None if seed is None else _integer("sampling.seed", seed, _UINT64_MAX),
+        seed=_optional("sampling.seed", sampling.seed, _UINT64_MAX),
         stop_token_ids=_integers("sampling.stop_token_ids", sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=biases,
+        stop=[_utf8(f"sampling.stop[{i}]", stop) for i, stop in enumerate(sampling.stop)],
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
+        min_tokens=_integer("sampling.min_tokens", sampling.min_tokens),
+        logprobs=_optional("sampling.logprobs", sampling.logprobs),
+        prompt_logprobs=_optional("sampling.prompt_logprobs", sampling.prompt_logprobs),
+        n=_integer("sampling.n", sampling.n),
+        thinking_budget=_optional("sampling.thinking_budget", sampling.thinking_budget),
+        response_format=_response_format(sampling.response_format),
     )
+
+
+def _response_format(form: ResponseFormat | None) -> inference_pb2.ResponseFormat | None:
+    path = "sampling.response_format"
+    match form:
+        case JsonSchema(schema=schema):
+            text = schema if isinstance(schema, str) else json.dumps(dict(schema))
+            return inference_pb2.ResponseFormat(json_schema=_utf8(f"{path}.json_schema", text))
+        case JsonObject():
+            return inference_pb2.ResponseFormat(json_object=True)
+        case Regex(pattern=pattern):
+            return inference_pb2.ResponseFormat(regex=_utf8(f"{path}.regex", pattern))
+        case OneOf(texts=texts):
+            valid = [_utf8(f"{path}.choice.texts[{i}]", text) for i, text in enumerate(texts)]
+            return inference_pb2.ResponseFormat(choice=inference_pb2.Choices(texts=valid))
+    return None
 
 
 def _utf8(field: str, value: str) -> str:
@@ -130,6 +176,10 @@ def _integers(field: str, values: Sequence[int]) -> list[int]:
     return [_integer(f"{field}[{i}]", value) for i, value in enumerate(values)]
 
 
+def _optional(field: str, value: int | None, maximum: int = _UINT32_MAX) -> int | None:
+    return None if value is None else _integer(field, value, maximum)
+
+
 def _integer(field: str, value: int, maximum: int = _UINT32_MAX) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
         raise errors.InvalidArgument(field, f"must be an integer in 0..{maximum}, not {value!r}")
@@ -138,34 +188,71 @@ def _integer(field: str, value: int, maximum: int = _UINT32_MAX) -> int:
 
 def event(answer: inference_pb2.GenerateResponse) -> events.Event | None:
     """The event of a message; None for one this client does not know."""
-    match answer.WhichOneof("event"):
-        case "started":
-            started = answer.started
-            return events.Started(
-                request_id=started.request_id,
-                model=started.model,
-                prompt_token_ids=tuple(started.prompt_token_ids),
-            )
-        case "delta":
-            return events.Delta(text=answer.delta.text, token_ids=tuple(answer.delta.token_ids))
-        case "prompt_logits":
-            chunk = answer.prompt_logits
-            return events.PromptLogits(
-                row_offset=chunk.row_offset, total_rows=chunk.total_rows, rows=_rows(chunk.rows)
-            )
-        case "finished":
-            return _finished(answer.finished)
-    return None
+    name = answer.WhichOneof("event")
+    return _EVENTS[name](getattr(answer, name)) if name in _EVENTS else None
+
+
+def _started(started: inference_pb2.Started) -> events.Started:
+    return events.Started(
+        request_id=started.request_id,
+        model=started.model,
+        prompt_token_ids=tuple(started.prompt_token_ids),
+    )
+
+
+def _prompt_logits(chunk: tensor_pb2.TensorChunk) -> events.PromptLogits:
+    return events.PromptLogits(
+        row_offset=chunk.row_offset, total_rows=chunk.total_rows, rows=_rows(chunk.rows)
+    )
+
+
+def _prompt_logprobs(logprobs: inference_pb2.PromptLogprobs) -> events.PromptLogprobs:
+    return events.PromptLogprobs(offset=logprobs.offset, tokens=_logprobs(logprobs.tokens))
+
+
+def _delta(delta: inference_pb2.Delta) -> events.Delta:
+    return events.Delta(
+        text=delta.text,
+        token_ids=tuple(delta.token_ids),
+        reasoning_text=delta.reasoning_text,
+        index=delta.index,
+        logprobs=_logprobs(delta.logprobs),
+    )
+
+
+def _logprobs(wire: Iterable[inference_pb2.TokenLogprobs]) -> tuple[events.TokenLogprobs, ...]:
+    return tuple(
+        events.TokenLogprobs(_logprob(entry.token), tuple(map(_logprob, entry.top)))
+        for entry in wire
+    )
+
+
+def _logprob(wire: inference_pb2.TokenLogprob) -> events.TokenLogprob:
+    return events.TokenLogprob(wire.token_id, wire.logprob)
+
+
+def _choice_finished(choice: inference_pb2.ChoiceFinished) -> events.ChoiceFinished:
+    stop = choice.WhichOneof("stop")
+    return events.ChoiceFinished(
+        index=choice.index,
+        reason=_reason(choice.reason),
+        stop=None if stop is None else getattr(choice, stop),
+        completion_tokens=choice.completion_tokens,
+    )
 
 
 def _finished(finished: inference_pb2.Finished) -> events.Finished:
-    if finished.reason not in _REASONS:
-        raise errors.Internal(f"the server sent finish reason {finished.reason}")
     return events.Finished(
-        reason=_REASONS[finished.reason],
+        reason=_reason(finished.reason),
         usage=usage(finished.usage),
         timings=_copy(events.Timings, finished.timings),
     )
+
+
+def _reason(reason: int) -> events.FinishReason:
+    if reason not in _REASONS:
+        raise errors.Internal(f"the server sent finish reason {reason}")
+    return _REASONS[reason]
 
 
 def usage(message: inference_pb2.Usage) -> events.Usage:
@@ -193,54 +280,11 @@ def _rows(wire: tensor_pb2.Tensor) -> events.Logits:
     return np.frombuffer(wire.data, dtype="<f4").astype(np.float32).reshape(shape)
 
 
-class Assembler:
-    """Puts the events of one answer together."""
-
-    def __init__(self) -> None:
-        self._started: events.Started | None = None
-        self._finished: events.Finished | None = None
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._rows: list[events.Logits] = []
-        self._num_rows = self._total_rows = 0
-
-    def add(self, new: events.Event) -> None:
-        """Takes the next event. Raises DataLoss when rows of prompt logits are missing."""
-        match new:
-            case events.Started():
-                self._started = new
-            case events.Delta():
-                self._text.append(new.text)
-                self._token_ids.extend(new.token_ids)
-            case events.PromptLogits():
-                if new.row_offset != self._num_rows:
-                    raise errors.DataLoss(f"prompt_logits: row {self._num_rows} is missing")
-                self._rows.append(new.rows)
-                self._num_rows += len(new.rows)
-                self._total_rows = new.total_rows
-            case events.Finished():
-                self._finished = new
-
-    def result(self) -> events.Result:
-        """The whole answer. Raises DataLoss when its stream ended early."""
-        if self._started is None or self._finished is None or self._num_rows != self._total_rows:
-            raise errors.DataLoss("the answer ended before it was complete")
-        return events.Result(
-            request_id=self._started.request_id,
-            model=self._started.model,
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            prompt_token_ids=self._started.prompt_token_ids,
-            finish_reason=self._finished.reason,
-            usage=self._finished.usage,
-            timings=self._finished.timings,
-            prompt_logits=np.concatenate(self._rows) if self._rows else None,
-        )
-
-
-def assemble(answer: Iterable[events.Event]) -> events.Result:
-    """The whole answer of a finished stream of events."""
-    assembler = Assembler()
-    for new in answer:
-        assembler.add(new)
-    return assembler.result()
+_EVENTS: dict[str, Callable[[Any], events.Event]] = {
+    "started": _started,
+    "delta": _delta,
+    "prompt_logits": _prompt_logits,
+    "prompt_logprobs": _prompt_logprobs,
+    "choice_finished": _choice_finished,
+    "finished": _finished,
+}

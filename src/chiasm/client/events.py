@@ -47,12 +47,34 @@ class Started:
     prompt_token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token, and the likeliest ones in its place, likeliest first."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """New output; `text` may lag behind `token_ids` by a partial character."""
+    """New output of answer `index`; `text` may lag behind `token_ids`.
+
+    reasoning_text: text of a thought. logprobs: one entry per id, when asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    reasoning_text: str = ""
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +87,25 @@ class PromptLogits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """Log-probabilities of prompt tokens `offset`..; the prompt's first token has none."""
+
+    offset: int
+    tokens: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceFinished:
+    """Answer `index` is complete. `stop`: the stop string or stop token of the request's own that
+    ended it, if one did."""
+
+    index: int
+    reason: FinishReason
+    stop: str | int | None
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The request ended well."""
 
@@ -73,22 +114,58 @@ class Finished:
     timings: Timings
 
 
-Event = Started | Delta | PromptLogits | Finished
+Event = Started | Delta | PromptLogits | PromptLogprobs | ChoiceFinished | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of the answers to a request. `logprobs` has an entry per token when asked for."""
+
+    index: int
+    text: str
+    reasoning_text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason
+    stop: str | int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A whole answer. `prompt_logits` is [T, V], or None unless asked for."""
+    """All answers, in order of their index; the first one's fields are at hand as the result's.
+
+    prompt_logits: [T, V], or None unless asked for. prompt_logprobs: an entry per prompt token but
+    the first, when asked for.
+    """
 
     request_id: str
     model: str
-    text: str
-    token_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
     prompt_token_ids: tuple[int, ...]
-    finish_reason: FinishReason
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     usage: Usage
     timings: Timings
     prompt_logits: Logits | None
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def reasoning_text(self) -> str:
+        return self.choices[0].reasoning_text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        return self.choices[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from chiasm.types import MediaKind
 
@@ -52,6 +53,36 @@ Prompt = str | Sequence[Message] | Tokens
 """A string is one user message."""
 
 
+@dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """JSON that is valid under a JSON Schema, given as JSON text or as what it stands for."""
+
+    schema: str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class JsonObject:
+    """Any JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Regex:
+    """Text that matches a regular expression as a whole."""
+
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of these texts."""
+
+    texts: Sequence[str]
+
+
+ResponseFormat = JsonSchema | JsonObject | Regex | OneOf
+"""What form an answer must have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """Sampling and stopping, as SamplingParams of inference.proto; None leaves the default."""
@@ -63,6 +94,19 @@ class Sampling:
     seed: int | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    thinking_budget: int | None = None
+    response_format: ResponseFormat | None = None
 
 
 DEFAULT_SAMPLING = Sampling()

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry import trace
 
 from chiasm.client import calls, codec, events
+from chiasm.client.assembly import assemble
 from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
 from chiasm.transport import channel
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
@@ -56,7 +57,8 @@ class Client:
         model: str = "",
         timeout_s: float | None = None,
     ) -> Iterator[events.Event]:
-        """Streams the answer: Started, PromptLogits if asked for, Deltas, Finished.
+        """Streams the answer: Started, PromptLogits and PromptLogprobs if asked for, Deltas, a
+        ChoiceFinished for each answer, Finished.
 
         Closing the iterator cancels the request.
         """
@@ -103,7 +105,7 @@ class Client:
         timeout_s: float | None = None,
     ) -> events.Result:
         """The whole answer at once."""
-        return codec.assemble(
+        return assemble(
             self.generate(
                 prompt,
                 sampling=sampling,

@@ -7,7 +7,7 @@ float32 over ascending experts, added in ascending shard order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -127,17 +127,18 @@ class MoeBlock(nn.Module):
             expert_weights=weights.to(hidden.dtype).float(),
         )
 
-    def forward(
+    def stages(
         self, hidden: torch.Tensor, rows: dict[Modality, torch.Tensor], experts: Experts
-    ) -> torch.Tensor:
-        """hidden [T, H] -> [T, H].
+    ) -> Generator[None, None, torch.Tensor]:
+        """hidden [T, H] -> [T, H]; yields once, while the routed experts are under way.
 
         `rows` maps each modality present to the int64 indices of its tokens. The shared experts run
-        while the routed ones are under way.
+        before the yield, the answers are waited for after it.
         """
         sent = [(r, self.route(hidden[r], modality)) for modality, r in rows.items()]
         pending = [(r, dispatch, experts.begin(dispatch)) for r, dispatch in sent]
         shared = self.shared_experts(hidden) if self.shared_experts is not None else 0
+        yield
         routed = torch.zeros_like(hidden)
         for r, dispatch, answer in pending:
             routed.index_copy_(0, r, combine(answer.result(), dispatch.hidden))

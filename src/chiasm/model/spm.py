@@ -20,6 +20,7 @@ from chiasm.model.section import Section
 
 _PROTO: Any = sentencepiece_model_pb2  # its classes are made at run time
 _PIECE = _PROTO.ModelProto.SentencePiece
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class SentencePieceVocabulary:
@@ -68,6 +69,17 @@ class SentencePieceVocabulary:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`; ids that stand for nothing are left out."""
         return "".join(self._runs([i for i in token_ids if i in self]))
+
+    def token_bytes(self) -> list[bytes]:
+        """UTF-8 of what each id stands for within text; control tokens as they are spelled."""
+        spelled = [self._content.get(i, "").encode() for i in range(self.size)]
+        for token_id in range(self._num_pieces):
+            piece = self._model.id_to_piece(token_id)
+            is_byte = token_id in self.byte_ids
+            spelled[token_id] = (
+                bytes.fromhex(piece[3:5]) if is_byte else piece.replace(_SPACE, " ").encode()
+            )
+        return spelled
 
     def _runs(self, token_ids: Sequence[int]) -> Iterator[str]:
         def is_apart(token_id: int) -> bool:

@@ -7,6 +7,7 @@ live is the Experts' business.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,9 @@ from chiasm.model.moe import Experts, MoeBlock, SwiGLU
 from chiasm.model.norm import RMSNorm
 from chiasm.model.rope import rotary_tables, rotate
 from chiasm.types import Modality
+
+Stages = Generator[None, None, torch.Tensor]
+"""A computation that yields where it could wait for experts, and returns its result."""
 
 
 class AttentionContext(Protocol):
@@ -91,16 +95,16 @@ class DecoderLayer(nn.Module):
             else SwiGLU(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(
+    def stages(
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: Batch
-    ) -> torch.Tensor:
+    ) -> Stages:
+        """The layer's output; yields while routed experts are under way."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, batch.attention)
         normed = self.post_attention_layernorm(x)
-        out: torch.Tensor = (
-            self.mlp(normed, batch.rows, batch.experts)
-            if isinstance(self.mlp, MoeBlock)
-            else self.mlp(normed)
-        )
+        if isinstance(self.mlp, MoeBlock):
+            out: torch.Tensor = yield from self.mlp.stages(normed, batch.rows, batch.experts)
+        else:
+            out = self.mlp(normed)
         return x + out
 
 
@@ -116,12 +120,13 @@ class TextModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def stages(self, embeddings: torch.Tensor, batch: Batch) -> Stages:
         """embeddings [T, H], media rows already in place -> normed hidden states [T, H]."""
         rotary = rotary_tables(batch.positions, self.config)
         x = embeddings
         for layer in self.layers:
-            x = layer(x, rotary, batch)
+            assert isinstance(layer, DecoderLayer)
+            x = yield from layer.stages(x, rotary, batch)
         out: torch.Tensor = self.norm(x)
         return out
 
@@ -148,10 +153,26 @@ class LanguageModel(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         """embeddings [T, H] -> final hidden states [T, H]; see TextModel."""
-        out: torch.Tensor = self.model(embeddings, batch)
-        return out
+        return interleave([self.model.stages(embeddings, batch)])[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, H] -> float32 [N, V]; the product is in the model's dtype."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight).float()
+
+
+def interleave(computations: Sequence[Stages]) -> list[torch.Tensor]:
+    """Runs computations in turns, each up to its next yield; returns their results.
+
+    While one waits for its experts the others do attention. The first is ahead at every layer, so
+    tokens of a later one may attend to tokens of an earlier one.
+    """
+    results: dict[int, torch.Tensor] = {}
+    while len(results) < len(computations):
+        for index, computation in enumerate(computations):
+            if index not in results:
+                try:
+                    next(computation)
+                except StopIteration as end:
+                    results[index] = end.value
+    return [results[index] for index in range(len(computations))]

@@ -121,6 +121,11 @@ EXPERT_WAIT_SECONDS = Histogram(
 STEP_SECONDS = Histogram(
     "chiasm_decoder_step_seconds", "Duration of engine steps.", buckets=LATENCY_BUCKETS
 )
+SPLIT_STEPS = Counter(
+    "chiasm_decoder_forward_passes_total",
+    "Forward passes, by whether they ran as two micro-batches.",
+    ["split"],
+)
 STEP_TOKENS = Counter(
     "chiasm_decoder_tokens_total", "Tokens computed by the engine.", ["phase", "modality"]
 )

@@ -7,20 +7,30 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+_NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 def describe() -> dict[str, object]:
     """Processor, cores, memory and versions, as far as the system tells."""
     return {
         "processor": _field("/proc/cpuinfo", "model name") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory": _field("/proc/meminfo", "MemTotal"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": _gpu(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "grpcio": version("grpcio"),
     }
+
+
+def _gpu() -> str:
+    if not _NVIDIA.exists():
+        return "none"
+    import torch  # seconds to import: only where there is something to ask
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
 def _field(path: str, name: str) -> str:
