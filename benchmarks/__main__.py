@@ -7,11 +7,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import seam, serve
+from benchmarks import attention, micro_batches, seam, serve
 from chiasm.bench import machine
 from chiasm.model.synth import synthesize
 
-CASES = {"seam": seam.run, "serve": serve.run}
+CASES = {
+    "seam": seam.run,
+    "attention": attention.run,
+    "micro_batches": micro_batches.run,
+    "serve": serve.run,
+}
 RESULTS = Path(__file__).parent / "results"
 
 

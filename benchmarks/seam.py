@@ -58,16 +58,18 @@ def run(model: Path, report: Callable[[str], None]) -> dict[str, object]:
 async def _measure(endpoint: str) -> Speed:
     async with AsyncClient(endpoint) as client:
         await client.wait_ready()
-        await _batch(client, 2, 16, 8)  # warm-up
+        await batch_seconds(client, 2, 16, 8)  # warm-up
         decode = {}
         for batch in BATCHES:
-            seconds = [await _batch(client, batch, 16, NEW_TOKENS) for _ in range(REPEATS)]
+            seconds = [await batch_seconds(client, batch, 16, NEW_TOKENS) for _ in range(REPEATS)]
             decode[batch] = batch * NEW_TOKENS / min(seconds)
-        seconds = [await _batch(client, 1, PREFILL_TOKENS, 1) for _ in range(REPEATS)]
+        seconds = [await batch_seconds(client, 1, PREFILL_TOKENS, 1) for _ in range(REPEATS)]
         return Speed(decode=decode, prefill=PREFILL_TOKENS / min(seconds))
 
 
-async def _batch(client: AsyncClient, size: int, prompt_tokens: int, new_tokens: int) -> float:
+async def batch_seconds(
+    client: AsyncClient, size: int, prompt_tokens: int, new_tokens: int
+) -> float:
     """Seconds until all answers of a batch are whole."""
     sampling = Sampling(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     start = time.perf_counter()

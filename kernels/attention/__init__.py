@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 import torch
 
-from chiasm.kernels.attention import cpu, launch, metadata, reference
+from chiasm.kernels.attention import cpu, launch, reference
+from chiasm.kernels.attention import metadata as layout
 from chiasm.kernels.attention.metadata import Metadata
 from chiasm.kernels.attention.segment import Segment
 
@@ -31,7 +32,7 @@ def prepare(segments: Sequence[Segment], device: torch.device, *, group: int) ->
 
     group: query heads per kv head.
     """
-    return metadata.prepare(segments, device, group=group) if _is_triton(device) else None
+    return layout.prepare(segments, device, group=group) if _is_triton(device) else None
 
 
 def paged_attention(
@@ -40,18 +41,19 @@ def paged_attention(
     value: torch.Tensor,
     cache: torch.Tensor,
     segments: Sequence[Segment],
-    prepared: Metadata | None = None,
+    metadata: Metadata | None = None,
 ) -> torch.Tensor:
     """Attends causally within each segment; see reference.py for the exact statement.
 
     query [T, heads, d]; key, value [T, kv_heads, d]: the new tokens', stored in the cache already.
-    cache [2, slots, kv_heads, d]. The segments cover all T rows; `prepared` is what `prepare` made
+    cache [2, slots, kv_heads, d]. The segments cover all T rows; `metadata` is what `prepare` made
     of them. Returns [T, heads, d].
     """
     if query.device.type == "cpu":
         return cpu.paged_attention(query, key, value, cache, segments)
     if _is_triton(query.device):
-        return launch.paged_attention(query, key, value, cache, segments, prepared)
+        with torch.cuda.device(query.device):  # triton launches on the current device
+            return launch.paged_attention(query, key, value, cache, segments, metadata)
     return reference.paged_attention(query, key, value, cache, segments)
 
 

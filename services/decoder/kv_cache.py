@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from chiasm.kernels.attention import Segment, paged_attention
+from chiasm.kernels.attention import Segment, paged_attention, prepare
 from chiasm.model.config import TextConfig
 from chiasm.services.decoder.blocks import BlockPool, BlockTable
 
@@ -36,6 +36,7 @@ class PagedKVCache:
         device: torch.device,
     ) -> None:
         self.blocks = blocks
+        self._group = config.num_heads // config.num_kv_heads
         shape = (2, blocks.num_blocks * blocks.block_size, config.num_kv_heads, config.head_dim)
         self._layers = [
             torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
@@ -53,7 +54,10 @@ class PagedKVCache:
             row += num_tokens
         device = self._layers[0].device
         return PagedAttention(
-            self._layers, segments, torch.from_numpy(np.concatenate(slots)).to(device)
+            self._layers,
+            segments,
+            slots=torch.from_numpy(np.concatenate(slots)).to(device),
+            group=self._group,
         )
 
 
@@ -61,9 +65,15 @@ class PagedAttention:
     """Attention of a step's segments over their own histories; a model.text.AttentionContext."""
 
     def __init__(
-        self, layers: Seq[torch.Tensor], segments: Seq[Segment], slots: torch.Tensor
+        self,
+        layers: Seq[torch.Tensor],
+        segments: Seq[Segment],
+        *,
+        slots: torch.Tensor,
+        group: int,
     ) -> None:
         self._layers, self._segments, self._slots = layers, segments, slots
+        self._metadata = prepare(segments, slots.device, group=group)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -71,4 +81,4 @@ class PagedAttention:
         cache = self._layers[layer]
         cache[0].index_copy_(0, self._slots, key)
         cache[1].index_copy_(0, self._slots, value)
-        return paged_attention(query, key, value, cache, self._segments)
+        return paged_attention(query, key, value, cache, self._segments, self._metadata)

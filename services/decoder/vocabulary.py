@@ -28,7 +28,7 @@ def load_vocabulary(directory: Path, config: ModelConfig) -> LLTokenizer:
 
 
 class _Pieces:
-    """A SentencePiece model with the attributes that llguidance reads."""
+    """A SentencePiece model with the attributes that llguidance reads, and how it spells text."""
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         vocabulary = SentencePieceVocabulary(directory / "tokenizer.model")
@@ -37,6 +37,30 @@ class _Pieces:
         self.special_token_ids = sorted(i for i in vocabulary.special_ids if i < len(tokens))
         self.eos_token_id, self.bos_token_id = config.tokens.eos[0], config.tokens.bos
         self._encode = vocabulary.encode
+        special = vocabulary.special_ids
+        self._ids = {token: i for i, token in enumerate(tokens) if token and i not in special}
+        self._max_bytes = max(map(len, self._ids))
 
-    def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+    def __call__(self, text: bytes) -> list[int]:
+        """Tokens that spell exactly `text`: the model's own where it adds and changes nothing."""
+        try:
+            ids = self._encode(text.decode())
+        except UnicodeDecodeError:
+            return self._longest_first(text)
+        is_exact = b"".join(self.tokens[i] for i in ids) == text
+        return ids if is_exact else self._longest_first(text)
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        """Bytes that no token begins with are left out."""
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            for length in range(min(self._max_bytes, len(text) - start), 0, -1):
+                token_id = self._ids.get(text[start : start + length])
+                if token_id is not None:
+                    ids.append(token_id)
+                    start += length
+                    break
+            else:
+                start += 1
+        return ids

@@ -9,7 +9,6 @@ import grpc
 import structlog
 from opentelemetry import context as otel_context
 from opentelemetry import trace
-from opentelemetry.trace import SpanKind
 
 from chiasm import errors
 from chiasm.membership import MemberInfo
@@ -105,11 +104,12 @@ class Decoders:
         span = traces.tracer.start_span(
             "decode",
             context=context,
-            kind=SpanKind.CLIENT,
-            attributes={"server.address": decoder.address},
+            kind=traces.CLIENT,
+            attributes=traces.peer(decoder.address),
         )
         with trace.use_span(span):
-            metadata = traces.metadata(request.request_id)
+            # Further answers to one request go by its id and a number.
+            metadata = traces.metadata(request.request_id.partition(" ")[0])
         stub = decoder_pb2_grpc.DecoderStub(self._channels.get(decoder.address))
         call = stub.Decode(request, timeout=timeout_s, metadata=metadata)
         self._in_flight[decoder.address] += 1
@@ -118,8 +118,7 @@ class Decoders:
                 yield event
         except grpc.RpcError as failure:
             error = peer_error(failure)
-            span.set_attribute("error.type", error.reason)
-            span.set_status(trace.StatusCode.ERROR, error.message)
+            traces.mark_failed(span, error)
             raise error from None
         finally:
             call.cancel()

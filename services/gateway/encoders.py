@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import structlog
-from opentelemetry.trace import SpanKind
 
 from chiasm import errors
 from chiasm.membership import MemberInfo
@@ -108,10 +107,10 @@ class Encoders:
     async def _try(
         self, encoder: MemberInfo, item: MediaItem, *, request_id: str, deadline: Deadline
     ) -> Encoded:
-        with traces.tracer.start_as_current_span(
+        with traces.span(
             f"encode {item.kind}",
-            kind=SpanKind.CLIENT,
-            attributes={"server.address": encoder.address, "chiasm.media.bytes": len(item.data)},
+            kind=traces.CLIENT,
+            attributes={**traces.peer(encoder.address), "chiasm.media.bytes": len(item.data)},
         ) as span:
             stub = encoder_pb2_grpc.VisionEncoderStub(self._channels.get(encoder.address))
             upload = _Upload(item)

@@ -82,7 +82,7 @@ class PromptBuilder:
         Spans are children of `context`.
         """
         start_ns = time.monotonic_ns()
-        with traces.tracer.start_as_current_span("layout", context=context):
+        with traces.span("layout", context=context):
             items = await asyncio.to_thread(self._take_in, prompt)
             pieces = (
                 await asyncio.to_thread(self._render, prompt)

@@ -18,6 +18,7 @@ from chiasm.services.gateway.engine import Engine
 from chiasm.services.gateway.generation import usage_message
 from chiasm.services.gateway.observation import Observation
 from chiasm.services.gateway.validate import request_id
+from chiasm.transport import interceptors
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,7 +44,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             operation=operation, model=self._settings.served_name, deadline=deadline
         ) as observation:
             engine = self._loaded()
+            # An id that came as metadata only is as good, and already stands in the log.
+            request.request_id = request.request_id or interceptors.request_id()
             generation = engine.validator.generation(request)
+            structlog.contextvars.bind_contextvars(request_id=generation.request_id)
             observation.validated(generation)
             with self._slot(generation.request_id):
                 async with _bounded(deadline):
@@ -57,12 +61,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.CountTokensResponse:
         engine, deadline = self._loaded(), self._deadline(context)
         prompt = engine.validator.count(request)
-        call_id = request_id("")
-        with self._slot(call_id):
+        with self._slot(request_id("")):
             async with _bounded(deadline):
                 laid_out = await engine.prompts.build(
                     prompt,
-                    request_id=call_id,
+                    request_id=interceptors.request_id(),
                     deadline=deadline,
                     context=otel_context.get_current(),
                 )
@@ -123,7 +126,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             )
         self._ids.add(call_id)
         self._idle.clear()
-        structlog.contextvars.bind_contextvars(request_id=call_id)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from chiasm.client import Client, Delta, Prompt, Result, Sampling
-from chiasm.client.codec import Assembler
+from chiasm.client.assembly import Assembler
 from chiasm.local import LocalStack, StackConfig
 from chiasm.membership import MemberInfo, Role
 from chiasm.transport.channel import options

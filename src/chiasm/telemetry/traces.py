@@ -1,47 +1,63 @@
 """OpenTelemetry tracing, set up from the standard OTEL_* variables; W3C context over grpc metadata.
 
 Without OTEL_EXPORTER_OTLP_ENDPOINT (or its _TRACES_ form) nothing is exported and spans cost next
-to nothing.
+to nothing; the context of a caller is passed on all the same.
 """
 
 from __future__ import annotations
 
-import os
+import asyncio
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.util.types import AttributeValue
 
-Metadata = tuple[tuple[str, str], ...]
+from chiasm import errors
+from chiasm.telemetry import otlp
 
-CLIENT, SERVER = trace.SpanKind.CLIENT, trace.SpanKind.SERVER
+Metadata = tuple[tuple[str, str], ...]
+Attributes = Mapping[str, AttributeValue]
+
+CLIENT, SERVER, INTERNAL = trace.SpanKind.CLIENT, trace.SpanKind.SERVER, trace.SpanKind.INTERNAL
+
+MAX_MESSAGE_CHARS = 256
+"""Of an error's message, this much is kept in a span's status."""
 
 tracer = trace.get_tracer("chiasm")
+log = logging.getLogger(__name__)
 
 
 def configure(service: str, *, instance_id: str) -> TracerProvider | None:
-    """Installs an OTLP exporter if the environment names an endpoint; returns its provider."""
-    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    if not any(os.environ.get(name) for name in names):
-        return None
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    """Installs an OTLP exporter if the environment names an endpoint; returns its provider.
 
-    resource = Resource.create(
-        {"service.name": f"chiasm-{service}", "service.instance.id": instance_id}
-    )
-    provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    Whatever the environment says, the process goes on: what cannot be used is logged in one line
+    and leaves tracing off. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the defaults.
+    """
+    try:
+        exporter = otlp.exporter()
+        if exporter is None:
+            return None
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        defaults = {"service.name": f"chiasm-{service}", "service.instance.id": instance_id}
+        resource = Resource.create(defaults).merge(OTELResourceDetector().detect())
+        provider = TracerProvider(resource=resource)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+    except Exception as error:
+        # Whatever the SDK makes of its variables, it must not keep a service from starting.
+        log.error("tracing is off: %s", error)
+        return None
     trace.set_tracer_provider(provider)
     return provider
 
 
 def inject() -> dict[str, str]:
-    """The current context as traceparent/tracestate; empty when nothing is recorded."""
+    """The current context as traceparent/tracestate; empty when there is none."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return carrier
@@ -53,27 +69,71 @@ def extract(carrier: Mapping[str, str]) -> otel_context.Context:
 
 
 @contextmanager
-def remote_child(
-    name: str, carrier: Mapping[str, str], *, kind: trace.SpanKind
+def span(
+    name: str,
+    *,
+    kind: trace.SpanKind = INTERNAL,
+    context: otel_context.Context | None = None,
+    attributes: Attributes | None = None,
 ) -> Iterator[trace.Span]:
-    """A span under the remote one in `carrier`; without one, nothing is recorded."""
-    if not carrier.get("traceparent"):
-        yield trace.INVALID_SPAN
-        return
-    with tracer.start_as_current_span(name, context=extract(carrier), kind=kind) as span:
-        yield span
+    """A span that is current in the block and ends with it; an error that leaves it marks it."""
+    with tracer.start_as_current_span(
+        name,
+        context=context,
+        kind=kind,
+        attributes=attributes,
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as started:
+        try:
+            yield started
+        except BaseException as error:
+            mark_failed(started, error)
+            raise
 
 
 @contextmanager
 def child(
-    name: str, *, kind: trace.SpanKind, attributes: Mapping[str, AttributeValue] | None = None
+    name: str, *, kind: trace.SpanKind, attributes: Attributes | None = None
 ) -> Iterator[trace.Span]:
     """A span under the current one; where nothing is recorded, it costs a look-up."""
     if not trace.get_current_span().is_recording():
         yield trace.INVALID_SPAN
         return
-    with tracer.start_as_current_span(name, kind=kind, attributes=attributes) as span:
-        yield span
+    with span(name, kind=kind, attributes=attributes) as started:
+        yield started
+
+
+@contextmanager
+def remote_child(
+    name: str, carrier: Mapping[str, str], *, kind: trace.SpanKind
+) -> Iterator[trace.Span]:
+    """A span under the remote one in `carrier`; without one, nothing is recorded."""
+    context = propagate.extract(carrier, context=otel_context.Context())
+    if not trace.get_current_span(context).get_span_context().is_valid:
+        yield trace.INVALID_SPAN
+        return
+    with span(name, context=context, kind=kind) as started:
+        yield started
+
+
+def mark_failed(span: trace.Span, error: BaseException) -> None:
+    """Gives a span the status and error.type of an error.
+
+    Work that is no longer wanted has not failed: a cancelled span is marked as cancelled only.
+    """
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        span.set_attribute("chiasm.cancelled", True)
+        return
+    kind = error.reason if isinstance(error, errors.ChiasmError) else type(error).__qualname__
+    span.set_attribute("error.type", kind)
+    span.set_status(trace.StatusCode.ERROR, str(error)[:MAX_MESSAGE_CHARS])
+
+
+def peer(address: str) -> dict[str, str | int]:
+    """The attributes that name the server at host:port."""
+    host, _, port = address.rpartition(":")
+    return {"server.address": host.strip("[]"), "server.port": int(port)}
 
 
 def metadata(request_id: str) -> Metadata:

@@ -29,6 +29,11 @@ else:
     _Context = grpc.aio.ServicerContext
 
 
+def request_id() -> str:
+    """The id of the request that the current call belongs to; empty outside of calls."""
+    return str(structlog.contextvars.get_contextvars().get("request_id", ""))
+
+
 class CallInterceptor(_Interceptor):
     """Wraps every handler of a server.
 

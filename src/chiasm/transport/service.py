@@ -153,7 +153,7 @@ async def _run(
         service = build(process)
         service.register(server.grpc)
         port = await server.start(settings.bind)
-        metrics_port = metrics.serve(bind_host(settings.bind), settings.metrics_port)
+        metrics_port = metrics.serve(bind_host(settings.bind), settings.metrics_port, role)
         address = f"{settings.advertise_host}:{port}"
         member.update(address=address, metrics_address=f"{settings.advertise_host}:{metrics_port}")
     except Exception as error:
