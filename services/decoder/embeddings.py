@@ -62,8 +62,12 @@ class EmbeddingStore:
         await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
 
     async def _fetch(self, ref: decoder_pb2.MediaRef, request_id: str) -> torch.Tensor:
-        with traces.child("fetch_embeddings", kind=traces.CLIENT) as span:
-            span.set_attributes({"chiasm.digest": ref.digest, "chiasm.tokens": ref.num_tokens})
+        attributes = {
+            **traces.peer(ref.encoder_address),
+            "chiasm.media.digest": ref.digest,
+            "chiasm.media.tokens": ref.num_tokens,
+        }
+        with traces.span("fetch embeddings", kind=traces.CLIENT, attributes=attributes):
             stub = encoder_pb2_grpc.VisionEncoderStub(self._channel(ref.encoder_address))
             call = stub.Fetch(
                 encoder_pb2.FetchRequest(digest=ref.digest),

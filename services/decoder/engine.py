@@ -30,7 +30,7 @@ from chiasm.services.decoder.sequence import (
     TokenEvent,
 )
 from chiasm.telemetry import metrics
-from chiasm.types import Modality
+from chiasm.types import TOKEN_TEXT, Modality
 
 IDLE_WAIT_S = 0.05
 """How often an engine that has only parked requests looks whether their pool is back."""
@@ -69,6 +69,10 @@ class Engine:
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.steps = 0
+        # Looked up when scraped: whatever ends a request, no gauge is left behind.
+        metrics.RUNNING_REQUESTS.set_function(lambda: self.load().running)
+        metrics.WAITING_REQUESTS.set_function(lambda: self.load().waiting)
+        metrics.KV_TOKENS_USED.set_function(lambda: self.load().kv_tokens_used)
         metrics.KV_TOKENS_TOTAL.set(self.load().kv_tokens_total)
 
     def start(self) -> None:
@@ -118,7 +122,8 @@ class Engine:
             try:
                 progressed = self._step()
             except Exception:
-                log.exception("step_failed")
+                ids = [sequence.request_id for sequence in self._scheduler]
+                log.exception("step_failed", request_ids=ids)
                 self._fail_all(errors.Internal("the engine failed; the log has the request id"))
                 continue
             if not progressed:
@@ -156,8 +161,9 @@ class Engine:
             self._park(schedule.chunks, error, start)
             return False
         waited = {m: ns - waits_before[m] for m, ns in self._pools.wait_ns.items()}
-        self._commit(schedule.chunks, sampled, waited)
+        # Before anybody hears of the step, so that whoever has its answer finds it counted.
         self._measure(schedule.chunks, time.monotonic_ns() - start)
+        self._commit(schedule.chunks, sampled, waited)
         return True
 
     def _admitted(self, sequence: Sequence, now: int) -> None:
@@ -222,16 +228,17 @@ class Engine:
             sequence.sink(TokenEvent(token_id=token, logprob=choice.logprob, top=choice.top))
             if reason := _finish_reason(sequence, token):
                 sequence.timings.finished = now
-                sequence.sink(FinishedEvent(reason=reason))
                 self._end(sequence)
+                sequence.sink(FinishedEvent(reason=reason))
 
-    def _end(self, sequence: Sequence) -> None:
-        spans.ended(sequence)
+    def _end(self, sequence: Sequence, error: Exception | None = None) -> None:
+        """Takes a sequence off the books, before anybody hears that it is over."""
+        spans.ended(sequence, error)
         self._scheduler.remove(sequence)
 
     def _fail(self, sequence: Sequence, error: errors.ChiasmError) -> None:
+        self._end(sequence, error)
         sequence.sink(FailedEvent(error=error))
-        self._end(sequence)
 
     def _fail_all(self, error: errors.ChiasmError) -> None:
         for sequence in list(self._scheduler):
@@ -239,10 +246,14 @@ class Engine:
 
     def _park(self, chunks: tuple[Chunk, ...], error: PoolUnavailable, start: int) -> None:
         """After a step that a pool failed: its requests wait for the pool, the others go on."""
-        log.warning("pool_away", modality=error.modality, detail=error.message[:256])
-        self._wait_or_fail(
-            (c.sequence for c in chunks if error.modality in c.modalities), since=start
+        parked = [c.sequence for c in chunks if error.modality in c.modalities]
+        log.warning(
+            "pool_away",
+            modality=error.modality,
+            detail=error.message[:256],
+            request_ids=[sequence.request_id for sequence in parked],
         )
+        self._wait_or_fail(parked, since=start)
 
     def _wait_or_fail(self, sequences: Iterable[Sequence], *, since: int) -> None:
         """Books sequences as waiting for a pool; fails those that have waited too long."""
@@ -265,16 +276,10 @@ class Engine:
         for chunk in chunks:
             prompt_stop = min(chunk.stop, chunk.sequence.num_prompt)
             types = chunk.sequence.prompt_types[chunk.start : prompt_stop]
-            if types:
-                num_text = types.count(0)
-                metrics.STEP_TOKENS.labels("prefill", "text").inc(num_text)
-                metrics.STEP_TOKENS.labels("prefill", "vision").inc(len(types) - num_text)
-            else:
-                metrics.STEP_TOKENS.labels("decode", "text").inc(chunk.num_tokens)
-        load = self.load()
-        metrics.RUNNING_REQUESTS.set(load.running)
-        metrics.WAITING_REQUESTS.set(load.waiting)
-        metrics.KV_TOKENS_USED.set(load.kv_tokens_used)
+            num_text = types.count(TOKEN_TEXT)
+            metrics.STEP_TOKENS.labels("prefill", "text").inc(num_text)
+            metrics.STEP_TOKENS.labels("prefill", "vision").inc(len(types) - num_text)
+            metrics.STEP_TOKENS.labels("decode", "text").inc(chunk.num_tokens - len(types))
 
 
 def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:

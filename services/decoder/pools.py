@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from opentelemetry import trace
 
 from chiasm import errors
 from chiasm.model.experts import ExpertBank
@@ -160,7 +159,8 @@ class RemotePool:
         deadline = time.monotonic() + self._timeout_s
         work = _Work.prepare(dispatch, self._holders)
         missing, partials, failed = set(work.shards), [], set[str]()
-        attempt, last_error = 0, errors.Unavailable("no server can be reached")
+        attempt = 0
+        last_error: errors.ChiasmError = errors.Unavailable("no server can be reached")
         while missing:
             left_s = deadline - time.monotonic()
             if left_s <= 0 or not self._can_compute(missing, work.num_shards):
@@ -242,9 +242,9 @@ class RemotePool:
     ) -> list[Partial]:
         with traces.child(
             f"dispatch {self._modality}",
-            kind=trace.SpanKind.CLIENT,
+            kind=traces.CLIENT,
             attributes={
-                "server.address": link.address,
+                **traces.peer(link.address),
                 "chiasm.modality": str(self._modality),
                 "chiasm.layer": work.dispatch.layer,
                 "chiasm.shards": shards,

@@ -120,6 +120,19 @@ class MediaRows(NamedTuple):
     embeddings: Any
 
 
+@dataclass(slots=True, kw_only=True)
+class TracedPhase:
+    """A request's prefill or decode in its trace; the default is for a request without one.
+
+    num_steps_left: how many more of its steps are traced in detail. expert_wait: nanoseconds that
+    the request had waited for either pool before.
+    """
+
+    span: trace.Span = trace.INVALID_SPAN
+    num_steps_left: int = 0
+    expert_wait: dict[Modality, int] = field(default_factory=lambda: dict.fromkeys(Modality, 0))
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """State of a request from submission to its last event.
@@ -134,6 +147,7 @@ class Sequence:
     num_resumed: how many of the first `token_ids` were generated elsewhere, before this sequence.
     matcher: the grammar's automaton (grammars.Matcher), in its first state. processors: the
     sampler's books; they follow from the rest and can be made again at any time.
+    phase: where the request is in its trace (spans.py).
     """
 
     request_id: str
@@ -161,7 +175,7 @@ class Sequence:
     parked_since: int | None = None
     aborted: bool = False
     timings: SequenceTimings = field(default_factory=SequenceTimings)
-    span: trace.Span = trace.INVALID_SPAN
+    phase: TracedPhase = field(default_factory=TracedPhase)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids) - self.num_resumed

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import structlog
 import torch
 from opentelemetry import context as otel_context
 
@@ -29,9 +30,11 @@ from chiasm.services.decoder.sequence import (
     TokenEvent,
 )
 from chiasm.telemetry import traces
-from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
+from chiasm.transport import interceptors
+from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, inference_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
+log = structlog.get_logger()
 
 
 class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
@@ -54,7 +57,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self._calls[request.request_id] = asyncio.current_task()
         self._idle.clear()
         try:
-            with traces.tracer.start_as_current_span("decode", kind=traces.SERVER) as span:
+            with traces.span("decode", kind=traces.SERVER) as span:
                 span.set_attributes(
                     {
                         "gen_ai.request.id": request.request_id,
@@ -101,7 +104,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
     ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
         start = time.monotonic_ns()
         embeddings = await asyncio.gather(
-            *(self._embeddings.get(ref, request.request_id) for ref in request.media)
+            *(self._embeddings.get(ref, interceptors.request_id()) for ref in request.media)
         )
         fetch_ns = time.monotonic_ns() - start if request.media else 0
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
@@ -128,7 +131,9 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                         for message in wire.prompt_logits(offset, rows, sequence.num_prompt):
                             yield message
                     case FinishedEvent(reason=reason):
-                        yield wire.finished(reason, wire.timings(sequence.timings, fetch_ns))
+                        spent = wire.timings(sequence.timings, fetch_ns)
+                        _log(sequence, reason, spent)
+                        yield wire.finished(reason, spent)
                         return
                     case FailedEvent(error=error):
                         raise error
@@ -156,3 +161,17 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             num_resumed=request.num_generated,
             trace_context=otel_context.get_current(),
         )
+
+
+def _log(sequence: Sequence, reason: str, spent: inference_pb2.Timings) -> None:
+    log.info(
+        "decoded",
+        reason=reason,
+        prompt_tokens=sequence.num_prompt,
+        cached_tokens=sequence.num_cached,
+        completion_tokens=sequence.num_generated,
+        fetch_ms=round(spent.fetch_ns / 1e6, 3),
+        queue_ms=round(spent.queue_ns / 1e6, 3),
+        prefill_ms=round(spent.prefill_ns / 1e6, 3),
+        decode_ms=round(spent.decode_ns / 1e6, 3),
+    )

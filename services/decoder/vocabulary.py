@@ -37,8 +37,10 @@ class _Pieces:
         self.special_token_ids = sorted(i for i in vocabulary.special_ids if i < len(tokens))
         self.eos_token_id, self.bos_token_id = config.tokens.eos[0], config.tokens.bos
         self._encode = vocabulary.encode
-        special = vocabulary.special_ids
-        self._ids = {token: i for i, token in enumerate(tokens) if token and i not in special}
+        text_ids = [i for i, t in enumerate(tokens) if t and i not in vocabulary.special_ids]
+        # Where a byte token spells the same as another one, the other one is kept.
+        text_ids.sort(key=lambda i: i not in vocabulary.byte_ids)
+        self._ids = {tokens[i]: i for i in text_ids}
         self._max_bytes = max(map(len, self._ids))
 
     def __call__(self, text: bytes) -> list[int]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
 import structlog
 import torch
-from opentelemetry.trace import SpanKind
+from opentelemetry import trace
 
 from chiasm import errors
 from chiasm.services.expert_pool import wire
-from chiasm.services.expert_pool.engine import ExpertEngine
+from chiasm.services.expert_pool.engine import ExpertEngine, Timed
 from chiasm.telemetry import metrics, traces
 from chiasm.types import shard_experts
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
@@ -35,6 +36,8 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
     ) -> None:
         self._engine, self._limits, self._on_change = engine, limits, on_change
         self._modality = str(limits.modality)
+        queued = metrics.QUEUED_DISPATCHES.labels(self._modality)
+        queued.set_function(lambda: self._engine.queued)
         self._assigning: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -124,12 +127,10 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
     async def _answer(self, request: experts_pb2.DispatchRequest) -> experts_pb2.DispatchResponse:
         response = experts_pb2.DispatchResponse(dispatch_id=request.dispatch_id)
         try:
-            if self.draining:
-                raise errors.Unavailable("server is draining", reason="DRAINING")
-            wire.check_envelope(request, self._limits)
-            timed = await self._engine.run(
-                lambda: self._compute(request), timeout_ns=request.timeout_ns
-            )
+            with self._traced(request) as span:
+                timed = await self._run(request)
+                span.set_attribute("chiasm.queue_s", timed.queue_ns / 1e9)
+                span.set_attribute("chiasm.compute_s", timed.compute_ns / 1e9)
             response.partials.CopyFrom(timed.value)
             response.queue_ns, response.compute_ns = timed.queue_ns, timed.compute_ns
             metrics.DISPATCH_QUEUE_SECONDS.labels(self._modality).observe(timed.queue_ns / 1e9)
@@ -141,36 +142,47 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
             self._refuse(response, errors.Internal("internal error"))
         return response
 
+    @contextlib.contextmanager
+    def _traced(self, request: experts_pb2.DispatchRequest) -> Iterator[trace.Span]:
+        """The dispatch's span, from receipt to answer; one without a caller has none."""
+        carrier = {"traceparent": request.traceparent, "tracestate": request.tracestate}
+        name = f"experts {self._modality}"
+        with traces.remote_child(name, carrier, kind=traces.SERVER) as span:
+            span.set_attributes(
+                {
+                    "chiasm.modality": self._modality,
+                    "chiasm.layer": request.layer,
+                    "chiasm.shards": list(request.shards),
+                    "chiasm.attempt": request.attempt,
+                }
+            )
+            if request.hidden.shape:
+                span.set_attribute("chiasm.tokens", request.hidden.shape[0])
+            yield span
+
+    async def _run(self, request: experts_pb2.DispatchRequest) -> Timed[experts_pb2.Partials]:
+        if self.draining:
+            raise errors.Unavailable("server is draining", reason="DRAINING")
+        wire.check_envelope(request, self._limits)
+        return await self._engine.run(lambda: self._compute(request), timeout_ns=request.timeout_ns)
+
     def _refuse(self, response: experts_pb2.DispatchResponse, error: errors.ChiasmError) -> None:
         response.error.code, response.error.message = error.code, error.message
         metrics.DISPATCH_FAILURES.labels(self._modality, error.reason).inc()
 
     def _compute(self, request: experts_pb2.DispatchRequest) -> experts_pb2.Partials:
         """Runs on the compute thread."""
-        carrier = {"traceparent": request.traceparent, "tracestate": request.tracestate}
-        with traces.remote_child(
-            f"experts {self._modality}", carrier, kind=SpanKind.SERVER
-        ) as span:
-            args = wire.decode(request, self._limits)
-            span.set_attributes(
-                {
-                    "chiasm.layer": args.layer,
-                    "chiasm.modality": self._modality,
-                    "chiasm.shards": list(args.shards),
-                    "chiasm.tokens": args.hidden.shape[0],
-                    "chiasm.attempt": request.attempt,
-                }
-            )
-            device = self._engine.bank.device
-            partials = self._engine.bank.partials(
-                args.layer,
-                args.shards,
-                args.hidden.to(device),
-                args.expert_ids.to(device),
-                args.expert_weights.to(device),
-            )
-            self._count(args)
-            return wire.encode(partials)
+        args = wire.decode(request, self._limits)
+        device = self._engine.bank.device
+        partials = self._engine.bank.partials(
+            args.layer,
+            args.shards,
+            args.hidden.to(device),
+            args.expert_ids.to(device),
+            args.expert_weights.to(device),
+        )
+        self._count(args)
+        return wire.encode(partials)
 
     def _count(self, args: wire.DispatchArguments) -> None:
         metrics.DISPATCH_TOKENS.labels(self._modality).inc(args.hidden.shape[0])

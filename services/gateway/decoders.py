@@ -15,12 +15,15 @@ from chiasm.membership import MemberInfo
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.members import MemberSearch, may_try_another, peer_error
-from chiasm.telemetry import traces
+from chiasm.telemetry import metrics, traces
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
 
 EVICTED = "EMBEDDING_EVICTED"
 """Reason of NOT_FOUND when an encoder no longer holds the embeddings of a request."""
+
+MAX_RESUMES = 3
+"""Decoders one answer may outlive. A request that brings decoders down must not go through all."""
 
 log = structlog.get_logger()
 
@@ -43,16 +46,52 @@ class Decoders:
     async def decode(
         self,
         request: decoder_pb2.DecodeRequest,
+        generated: list[int],
         *,
         deadline: Deadline,
         context: otel_context.Context,
     ) -> AsyncGenerator[decoder_pb2.DecodeEvent, None]:
         """Streams the events of one generation; its spans are children of `context`.
 
-        Until the first event a decoder that fails is replaced by another one. Raises NotFound with
-        reason EMBEDDING_EVICTED, Unavailable, DeadlineExceeded, or what the decoder refused with.
+        A decoder that fails is replaced by another one, which goes on where the answer broke off:
+        `generated` holds the answer's tokens so far and gets those of this call. Sampling depends
+        on the seed and the number of the token alone, so the answer is the one it would have been.
+        Raises NotFound with reason EMBEDDING_EVICTED, Unavailable, DeadlineExceeded, or what the
+        decoder refused with.
         """
-        search = MemberSearch(
+        search, resumes_left = self._search(deadline), MAX_RESUMES
+        while True:
+            decoder = self._least_busy(await search.candidates())
+            num_before, has_output = len(generated), False
+            attempt = _continued(request, generated)
+            events = self._try(decoder, attempt, deadline=deadline, context=context)
+            try:
+                async for event in events:
+                    has_output = True
+                    generated.extend(event.tokens.token_ids)
+                    yield event
+                return
+            except errors.ChiasmError as error:
+                is_lost = isinstance(error, errors.Unavailable)
+                if has_output and is_lost and (not generated or not resumes_left):
+                    raise self._lost(error) from None
+                if not may_try_another(error):
+                    raise
+                log.warning(
+                    "decoder_away",
+                    decoder=decoder.address,
+                    generated=len(generated),
+                    error=error.message[:256],
+                )
+                if len(generated) > num_before:
+                    search, resumes_left = self._search(deadline), resumes_left - 1
+                    metrics.RESUMES.inc()
+                search.failed(decoder, error)
+            finally:
+                await events.aclose()
+
+    def _search(self, deadline: Deadline) -> MemberSearch:
+        return MemberSearch(
             self._topology,
             lambda topology: topology.decoders(),
             unavailable=errors.Unavailable(
@@ -63,24 +102,6 @@ class Decoders:
             park_timeout_s=self._park_timeout_s,
             deadline=deadline,
         )
-        while True:
-            decoder = self._least_busy(await search.candidates())
-            has_output = False
-            events = self._try(decoder, request, deadline=deadline, context=context)
-            try:
-                async for event in events:
-                    has_output = True
-                    yield event
-                return
-            except errors.ChiasmError as error:
-                if has_output and isinstance(error, errors.Unavailable | errors.NotFound):
-                    raise self._lost(error) from None
-                if not may_try_another(error):
-                    raise
-                log.warning("decoder_away", decoder=decoder.address, error=error.message[:256])
-                search.failed(decoder, error)
-            finally:
-                await events.aclose()
 
     def _least_busy(self, decoders: list[MemberInfo]) -> MemberInfo:
         return min(decoders, key=lambda decoder: self._in_flight[decoder.address])
@@ -126,3 +147,19 @@ class Decoders:
             self._in_flight[decoder.address] -= 1
             if not self._in_flight[decoder.address]:
                 del self._in_flight[decoder.address]
+
+
+def _continued(
+    request: decoder_pb2.DecodeRequest, generated: list[int]
+) -> decoder_pb2.DecodeRequest:
+    """The request, with the tokens of its answer that the client has already."""
+    if not generated:
+        return request
+    continued = decoder_pb2.DecodeRequest()
+    continued.CopyFrom(request)
+    continued.token_ids.extend(generated)
+    continued.num_generated = len(generated)
+    # What concerns the prompt was sent before the first token.
+    continued.prompt_logits = False
+    continued.sampling.ClearField("prompt_logprobs")
+    return continued

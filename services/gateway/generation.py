@@ -167,6 +167,7 @@ class Generator:
         laid_out, observation, deadline = call.laid_out, call.observation, call.deadline
         encoded = laid_out.encoded
         room = self._config.text.max_position_embeddings - laid_out.usage.prompt_tokens
+        generated: list[int] = []
         for encodes_left in range(_MAX_ENCODE_AGAIN, -1, -1):
             request = decode_request(
                 call.generation,
@@ -177,7 +178,9 @@ class Generator:
                 max_tokens=call.generation.sampling.max_tokens or room,
                 thought_end=call.thought_end,
             )
-            events = self._decoders.decode(request, deadline=deadline, context=observation.context)
+            events = self._decoders.decode(
+                request, generated, deadline=deadline, context=observation.context
+            )
             try:
                 async for event in events:
                     yield event

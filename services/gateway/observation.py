@@ -1,4 +1,4 @@
-"""What is recorded of one Generate call: its line in the ledger, its latencies and its span.
+"""What is recorded of one Generate call: its line in ledger and log, its latencies and its span.
 
 The ledger balances: accepted = finished + failed + in flight.
 """
@@ -9,17 +9,18 @@ import asyncio
 import time
 from types import TracebackType
 
+import structlog
 from opentelemetry import context as otel_context
 from opentelemetry import trace
-from opentelemetry.trace import SpanKind
 
 from chiasm import errors
 from chiasm.services.gateway.deadline import Deadline
-from chiasm.services.gateway.domain import Generation, Usage
+from chiasm.services.gateway.domain import Generation, Grammar, Usage
 from chiasm.telemetry import metrics, traces
 
 _CLOCK_SLACK_S = 0.05
 _INT64_MAX = 2**63 - 1
+log = structlog.get_logger()
 
 
 class Observation:
@@ -30,20 +31,26 @@ class Observation:
         self.start_ns = time.monotonic_ns()
         self._span = traces.tracer.start_span(
             f"{operation} {model}",
-            kind=SpanKind.SERVER,
+            kind=traces.SERVER,
             attributes={
                 "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": "chiasm",
                 "gen_ai.request.model": model,
+                "gen_ai.request.stream": True,
+                "gen_ai.response.model": model,
             },
         )
         self.context: otel_context.Context = trace.set_span_in_context(self._span)
+        self._first_token_ns = 0
         self._last_token_s = 0.0
+        self._num_tokens = 0
+        self._usage: Usage | None = None
         self._finish_reason = ""
 
     def __enter__(self) -> Observation:
         metrics.REQUESTS_ACCEPTED.inc()
         metrics.REQUESTS_IN_FLIGHT.inc()
+        self._token = otel_context.attach(self.context)
         return self
 
     def __exit__(
@@ -56,11 +63,14 @@ class Observation:
         if self._finish_reason:
             metrics.REQUESTS_FINISHED.labels(self._finish_reason).inc()
             metrics.E2E_REQUEST_SECONDS.observe(self.elapsed_ns() / 1e9)
+            self._log("request_finished", self._finish_reason)
         else:
             reason = self._failure(error)
             metrics.REQUESTS_FAILED.labels(reason).inc()
             self._span.set_attribute("error.type", reason)
-            self._span.set_status(trace.StatusCode.ERROR, str(error)[:256])
+            self._span.set_status(trace.StatusCode.ERROR, str(error)[: traces.MAX_MESSAGE_CHARS])
+            self._log("request_failed", reason)
+        otel_context.detach(self._token)
         self._span.end()
 
     def elapsed_ns(self) -> int:
@@ -77,13 +87,20 @@ class Observation:
                 "gen_ai.request.temperature": sampling.temperature,
                 "gen_ai.request.top_p": sampling.top_p,
                 "gen_ai.request.top_k": sampling.top_k,
+                "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
+                "gen_ai.request.presence_penalty": sampling.presence_penalty,
+                "gen_ai.request.choice.count": sampling.num_choices,
+                "gen_ai.output.type": _output_type(sampling.grammar),
             }
         )
+        if sampling.stop:
+            self._span.set_attribute("gen_ai.request.stop_sequences", sampling.stop)
         if sampling.seed is not None and sampling.seed <= _INT64_MAX:
             self._span.set_attribute("gen_ai.request.seed", sampling.seed)
 
     def laid_out(self, usage: Usage) -> None:
         """Records the prompt's tokens."""
+        self._usage = usage
         for modality, num_tokens in usage.by_modality.items():
             metrics.PROMPT_TOKENS.labels(modality).inc(num_tokens)
             self._span.set_attribute(f"gen_ai.usage.{modality}.input_tokens", num_tokens)
@@ -97,11 +114,16 @@ class Observation:
         """Records tokens that are about to be streamed."""
         now_s = time.monotonic()
         if not self._last_token_s:
-            metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(self.elapsed_ns() / 1e9)
+            self._first_token_ns = self.elapsed_ns()
+            metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(self._first_token_ns / 1e9)
+            self._span.set_attribute(
+                "gen_ai.response.time_to_first_chunk", self._first_token_ns / 1e9
+            )
         else:
             for _ in range(num_tokens):
                 metrics.INTER_TOKEN_SECONDS.observe((now_s - self._last_token_s) / num_tokens)
         self._last_token_s = now_s
+        self._num_tokens += num_tokens
         metrics.COMPLETION_TOKENS.inc(num_tokens)
 
     def finished(self, reason: str, num_tokens: int) -> None:
@@ -114,6 +136,16 @@ class Observation:
             }
         )
 
+    def _log(self, event: str, reason: str) -> None:
+        """The call's line, with what is known by now."""
+        known: dict[str, object] = {}
+        if self._usage is not None:
+            known["prompt_tokens"] = self._usage.by_modality
+        if self._first_token_ns:
+            known["completion_tokens"] = self._num_tokens
+            known["first_token_ms"] = round(self._first_token_ns / 1e6, 3)
+        log.info(event, reason=reason, **known, total_ms=round(self.elapsed_ns() / 1e6, 3))
+
     def _failure(self, error: BaseException | None) -> str:
         if isinstance(error, errors.ChiasmError):
             return error.reason
@@ -122,3 +154,7 @@ class Observation:
             is_late = self._deadline.left_s() < _CLOCK_SLACK_S
             return errors.DeadlineExceeded.default_reason if is_late else "CANCELLED"
         return errors.Internal.default_reason
+
+
+def _output_type(grammar: Grammar | None) -> str:
+    return "json" if grammar is not None and "json" in grammar.field else "text"

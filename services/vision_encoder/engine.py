@@ -172,9 +172,7 @@ class EncoderEngine:
         job.is_started = True
         try:
             work = partial(self._model.preprocess, job.data, job.kind)
-            patches, job.preprocess_ns = await self._run(
-                self._readers, job, "encoder.preprocess", work
-            )
+            patches, job.preprocess_ns = await self._run(self._readers, job, "preprocess", work)
         except Exception as error:
             self._fail(job, error)
             return
@@ -188,7 +186,7 @@ class EncoderEngine:
         try:
             self._check_size(job.kind, patches.grid)  # the header may have lied
             work = partial(self._model.embed, patches)
-            embeddings, compute_ns = await self._run(self._compute, job, "encoder.vit", work)
+            embeddings, compute_ns = await self._run(self._compute, job, "vit", work)
         except Exception as error:
             self._fail(job, error)
             return
@@ -201,7 +199,7 @@ class EncoderEngine:
 
         def timed() -> tuple[T, int]:
             start = time.monotonic_ns()
-            with traces.tracer.start_as_current_span(name, context=job.context):
+            with traces.span(name, context=job.context):
                 value = work()
             return value, time.monotonic_ns() - start
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import structlog
 
 from chiasm import errors
 from chiasm.services.vision_encoder.domain import Encoded
@@ -22,6 +23,8 @@ MAX_MESSAGE_BYTES = 4 << 20
 
 FETCH_CHUNK_BYTES = 1 << 20
 """Embeddings travel in chunks of as many rows as fit this; one row always does."""
+
+log = structlog.get_logger()
 
 
 class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
@@ -42,26 +45,29 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
             raise errors.Unavailable("server is draining", reason="DRAINING")
         parts = aiter(requests)
         header = self._uploads.header(await next_part(parts))
-        with traces.tracer.start_as_current_span("encoder.encode") as span:
-            span.set_attributes({"digest": header.digest, "kind": header.kind})
+        with traces.span(f"encode {header.kind}", kind=traces.SERVER) as span:
+            span.set_attribute("chiasm.media.digest", header.digest)
             encoded = await engine.find(header.digest)
             if encoded is None:
                 encoded = await self._upload(engine, header, parts)
-            span.set_attributes({"patches": encoded.grid.num_patches, "cached": encoded.cached})
+            span.set_attributes({f"chiasm.media.{k}": v for k, v in _facts(encoded).items()})
+        log.info("encoded", digest=encoded.digest, kind=header.kind, **_facts(encoded))
         return _to_wire(encoded)
 
     async def Fetch(
         self, request: encoder_pb2.FetchRequest, context: Context
     ) -> AsyncIterator[tensor_pb2.TensorChunk]:
-        embeddings = self._loaded().embeddings(request.digest)
-        num_rows = len(embeddings)
-        step = max(FETCH_CHUNK_BYTES // (embeddings.nbytes // num_rows), 1)
-        for start in range(0, num_rows, step):
-            yield tensor_pb2.TensorChunk(
-                row_offset=start,
-                total_rows=num_rows,
-                rows=tensors.to_wire(embeddings[start : start + step]),
-            )
+        with traces.span("fetch embeddings", kind=traces.SERVER) as span:
+            span.set_attribute("chiasm.media.digest", request.digest)
+            embeddings = self._loaded().embeddings(request.digest)
+            num_rows = len(embeddings)
+            step = max(FETCH_CHUNK_BYTES // (embeddings.nbytes // num_rows), 1)
+            for start in range(0, num_rows, step):
+                yield tensor_pb2.TensorChunk(
+                    row_offset=start,
+                    total_rows=num_rows,
+                    rows=tensors.to_wire(embeddings[start : start + step]),
+                )
 
     async def GetLoad(
         self, request: encoder_pb2.GetEncoderLoadRequest, context: Context
@@ -99,6 +105,18 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
         with self._uploads.reserve(header.size_bytes):
             data = await receive(header, parts)
             return await engine.encode(header.digest, header.kind, data)
+
+
+def _facts(encoded: Encoded) -> dict[str, int | float | bool]:
+    """What log and span tell of an item."""
+    return {
+        "patches": encoded.grid.num_patches,
+        "tokens": encoded.num_tokens,
+        "cached": encoded.cached,
+        "queue_s": encoded.queue_ns / 1e9,
+        "preprocess_s": encoded.preprocess_ns / 1e9,
+        "compute_s": encoded.compute_ns / 1e9,
+    }
 
 
 def _to_wire(encoded: Encoded) -> encoder_pb2.EncodeResult:

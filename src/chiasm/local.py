@@ -212,7 +212,7 @@ class LocalStack:
             name,
             module,
             [*common, *flags],
-            env=_environment(),
+            env=_environment(name),
             log_path=self.log_dir / f"{name}.log",
         )
 
@@ -259,15 +259,19 @@ def describe(topology: Topology) -> str:
     return ", ".join(f"{m.role} {m.state}" for m in topology.members) or "no members"
 
 
-def _environment() -> dict[str, str]:
-    """The environment of the children.
+def _environment(name: str) -> dict[str, str]:
+    """The environment of a child.
 
     Six processes that spin on their thread pools would starve each other, so they wait passively
-    and none takes all cores; whatever the user has set stays.
+    and none takes all cores; whatever the user has set stays. Only OTEL_SERVICE_NAME, which would
+    make one service of all, is a prefix here.
     """
     if hasattr(os, "sched_getaffinity"):
         num_cores = len(os.sched_getaffinity(0))
     else:
         num_cores = os.cpu_count() or 1
     threads = str(max(1, num_cores // 2))
-    return {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    if prefix := os.environ.get("OTEL_SERVICE_NAME"):
+        environment["OTEL_SERVICE_NAME"] = f"{prefix}-{name.rstrip('-0123456789')}"
+    return environment

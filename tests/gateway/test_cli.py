@@ -73,6 +73,46 @@ def test_json_answer(live: Any, picture: str) -> None:
     assert answer["timings"]["total_ns"] > 0
 
 
+def test_sampling_flags(live: Any, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    flags = ["--min-p", "0.25", "--repetition-penalty", "1.5", "--presence-penalty", "0.5"]
+    flags += ["--frequency-penalty", "-0.5", "--stop", "no", "--stop", "yes", "--min-tokens", "1"]
+    done = chiasm(live, "generate", "--prompt", "x", *flags, "--thinking-budget", "7")
+    assert (done.returncode, done.stdout) == (0, b"The answer is \n")
+    sent = live[1].requests[-1].sampling
+    assert (sent.min_p, sent.repetition_penalty, sent.presence_penalty) == (0.25, 1.5, 0.5)
+    assert (sent.frequency_penalty, sent.min_tokens, sent.thinking_budget) == (-0.5, 1, 7)
+    for form in (str(schema), "regex:a+"):
+        assert chiasm(live, "generate", "--prompt", "x", "--response-format", form).returncode == 0
+        assert live[1].requests[-1].grammar
+    done = chiasm(live, "generate", "--prompt", "x", "--response-format", "regex:(")
+    assert done.returncode == 2
+    assert b"sampling.response_format.regex" in done.stderr
+
+
+def test_several_answers_as_json(live: Any) -> None:
+    flags = ["--n", "2", "--logprobs", "0", "--json"]
+    done = chiasm(live, "generate", "--prompt", "x", *flags)
+    assert (done.returncode, done.stderr) == (0, b"")
+    answer = json.loads(done.stdout)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert [choice["text"] for choice in answer["choices"]] == [ANSWER] * 2
+    assert answer["text"] == ANSWER
+    refused = chiasm(live, "generate", "--prompt", "x", "--n", "2")
+    assert refused.returncode == 2
+    assert b"--json" in refused.stderr
+
+
+def test_a_thought_goes_to_stderr(live: Any) -> None:
+    tokenizer = live[0].tokenizer
+    thought = [*tokenizer.encode("hm"), tokenizer.token_id("</think>")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live[1], "token_ids", thought + live[1].token_ids)
+        done = chiasm(live, "generate", "--prompt", "x", "--enable-thinking")
+    assert (done.stdout.decode(), done.stderr) == (ANSWER + "\n", b"hm")
+
+
 def test_streamed_text_of_a_prompt_on_stdin(live: Any) -> None:
     done = chiasm(live, "generate", "--prompt", "-", stdin="Grüße".encode())
     assert (done.returncode, done.stderr) == (0, b"")

@@ -18,8 +18,9 @@ from gateway.harness import (
 )
 
 from chiasm import errors
-from chiasm.client import AsyncClient, Delta, Started, image, user
-from chiasm.v1 import decoder_pb2
+from chiasm.client import AsyncClient, Sampling, image, user
+from chiasm.services.gateway.decoders import MAX_RESUMES
+from chiasm.v1 import decoder_pb2, tensor_pb2
 
 DecodeEvents = AsyncIterator[decoder_pb2.DecodeEvent]
 
@@ -49,20 +50,72 @@ async def test_refusing_decoder_is_replaced_before_the_first_token(
     assert sorted(len(decoder.requests) for decoder in decoders) == [1, 1]
 
 
-async def test_decoder_lost_after_the_first_token(
+async def test_an_answer_outlives_its_decoder(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    """The next decoder is told what was generated, and asked for the rest alone."""
+
+    async def script(request: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        for token_id in (5, 6):
+            yield tokens_event(token_id)
+        raise errors.Unavailable("gone")
+
+    decoder.scripts.append(script)
+    result = await client.complete("x", sampling=Sampling(seed=3))
+    assert result.token_ids == (5, 6, 10, 11, 12)
+    first, second = decoder.requests
+    assert second.num_generated == 2
+    assert list(second.token_ids) == [*first.token_ids, 5, 6]
+    assert second.sampling.seed == first.sampling.seed == 3
+    assert second.token_types == first.token_types
+
+
+async def test_a_request_does_not_go_through_all_decoders(
     stack: Stack, decoder: FakeDecoder, client: AsyncClient
 ) -> None:
     async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
         yield tokens_event(5)
         raise errors.Unavailable("gone")
 
-    decoder.scripts.append(script)
-    events = client.generate("x")
-    assert isinstance(await anext(events), Started)
-    assert isinstance(await anext(events), Delta)
+    decoder.scripts.extend([script] * 9)
     with pytest.raises(errors.Unavailable) as caught:
-        await anext(events)
+        await client.complete("x")
     assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 1.0)
+    assert len(decoder.requests) == 1 + MAX_RESUMES
+
+
+async def test_decoder_lost_amid_the_prompts_logits(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    """Some of them have been sent: there is no going on, and none to be sent twice."""
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        rows = tensor_pb2.Tensor(
+            dtype=tensor_pb2.DTYPE_FLOAT32, shape=(1, 1), data=bytes(4), crc32c=0x48674BC7
+        )
+        chunk = tensor_pb2.TensorChunk(total_rows=9, rows=rows)
+        yield decoder_pb2.DecodeEvent(prompt_logits=chunk)
+        raise errors.Unavailable("gone")
+
+    decoder.scripts.append(script)
+    with pytest.raises(errors.Unavailable) as caught:
+        async for _ in client.generate("x"):
+            pass
+    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 1.0)
+
+
+async def test_embeddings_evicted_while_an_answer_resumes(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+        raise errors.Unavailable("gone")
+
+    decoder.scripts.extend([script, evicted])
+    result = await client.complete([user(image(png()), "what?")])
+    assert result.token_ids == (5, 10, 11, 12)
+    assert [r.num_generated for r in decoder.requests] == [0, 1, 1]
+    assert len(encoder.headers) == 2
 
 
 async def test_work_is_spread_over_decoders(stack: Stack, client: AsyncClient) -> None:

@@ -49,6 +49,10 @@ def sampling(**values: Any) -> pb.GenerateRequest:
     return request
 
 
+def form(**values: Any) -> pb.GenerateRequest:
+    return sampling(response_format=pb.ResponseFormat(**values))
+
+
 def named(**values: Any) -> pb.GenerateRequest:
     request = chat(text("hello"))
     for name, value in values.items():
@@ -113,6 +117,80 @@ CASES: dict[str, tuple[Callable[[], pb.GenerateRequest], str]] = {
     "top_p nan": (lambda: sampling(top_p=float("nan")), "sampling.top_p"),
     "max_tokens": (lambda: sampling(max_tokens=4096), "sampling.max_tokens"),
     "max_tokens with prompt": (lambda: sampling(max_tokens=4095), "sampling.max_tokens"),
+    "min_p": (lambda: sampling(min_p=1.1), "sampling.min_p"),
+    "min_p nan": (lambda: sampling(min_p=float("nan")), "sampling.min_p"),
+    "repetition_penalty": (lambda: sampling(repetition_penalty=0), "sampling.repetition_penalty"),
+    "repetition_penalty inf": (
+        lambda: sampling(repetition_penalty=float("inf")),
+        "sampling.repetition_penalty",
+    ),
+    "presence_penalty": (lambda: sampling(presence_penalty=-2.5), "sampling.presence_penalty"),
+    "frequency_penalty": (
+        lambda: sampling(frequency_penalty=float("nan")),
+        "sampling.frequency_penalty",
+    ),
+    "bias outside": (lambda: sampling(logit_bias={5: 1, 10**6: 1}), "sampling.logit_bias[1000000]"),
+    "bias large": (lambda: sampling(logit_bias={5: 101}), "sampling.logit_bias[5]"),
+    "bias nan": (lambda: sampling(logit_bias={5: float("nan")}), "sampling.logit_bias[5]"),
+    "many biases": (
+        lambda: sampling(logit_bias=dict.fromkeys(range(1025), 0.5)),
+        "sampling.logit_bias",
+    ),
+    "many stops": (lambda: sampling(stop=["a"] * 17), "sampling.stop"),
+    "empty stop": (lambda: sampling(stop=["a", ""]), "sampling.stop[1]"),
+    "long stop": (lambda: sampling(stop=["a" * 1025]), "sampling.stop[0]"),
+    "many stop tokens": (lambda: sampling(stop_token_ids=[5] * 1025), "sampling.stop_token_ids"),
+    "min_tokens": (lambda: sampling(min_tokens=4096), "sampling.min_tokens"),
+    "min over max": (lambda: sampling(min_tokens=6, max_tokens=5), "sampling.min_tokens"),
+    "logprobs": (lambda: sampling(logprobs=21), "sampling.logprobs"),
+    "prompt_logprobs": (lambda: sampling(prompt_logprobs=21), "sampling.prompt_logprobs"),
+    "n": (lambda: sampling(n=17), "sampling.n"),
+    "n greedy": (lambda: sampling(n=2, temperature=0), "sampling.n"),
+    "thinking_budget": (lambda: sampling(thinking_budget=4096), "sampling.thinking_budget"),
+    "no form": (form, "sampling.response_format"),
+    "json_object false": (lambda: form(json_object=False), "sampling.response_format.json_object"),
+    "schema not json": (lambda: form(json_schema="{"), "sampling.response_format.json_schema"),
+    "schema no object": (lambda: form(json_schema="[1]"), "sampling.response_format.json_schema"),
+    "schema unknown type": (
+        lambda: form(json_schema='{"type": "objekt"}'),
+        "sampling.response_format.json_schema",
+    ),
+    "schema remote": (
+        lambda: form(json_schema='{"$ref": "http://example.org/s"}'),
+        "sampling.response_format.json_schema",
+    ),
+    "schema deep": (
+        lambda: form(json_schema='{"items":' * 5000 + "{}" + "}" * 5000),
+        "sampling.response_format.json_schema",
+    ),
+    "schema large": (
+        lambda: form(json_schema='{"title": "' + "t" * 65_536 + '"}'),
+        "sampling.response_format.json_schema",
+    ),
+    "regex bad": (lambda: form(regex="("), "sampling.response_format.regex"),
+    "regex empty": (lambda: form(regex=""), "sampling.response_format.regex"),
+    "regex look-around": (lambda: form(regex="a(?=b)"), "sampling.response_format.regex"),
+    "regex deep": (
+        lambda: form(regex="(" * 20_000 + "a" + ")" * 20_000),
+        "sampling.response_format.regex",
+    ),
+    "regex large": (lambda: form(regex="a" * 65_537), "sampling.response_format.regex"),
+    "no choices": (
+        lambda: form(choice=pb.Choices()),
+        "sampling.response_format.choice.texts",
+    ),
+    "empty choice": (
+        lambda: form(choice=pb.Choices(texts=["a", ""])),
+        "sampling.response_format.choice.texts",
+    ),
+    "form with ignore_eos": (
+        lambda: sampling(ignore_eos=True, response_format=pb.ResponseFormat(regex="a")),
+        "sampling.ignore_eos",
+    ),
+    "form with min_tokens": (
+        lambda: sampling(min_tokens=1, response_format=pb.ResponseFormat(regex="a")),
+        "sampling.min_tokens",
+    ),
     "stop token": (lambda: sampling(stop_token_ids=[1, 10**6]), "sampling.stop_token_ids[1]"),
     "no tokens": (lambda: pb.GenerateRequest(tokens=pb.TokenPrompt()), "tokens.token_ids"),
     "token outside": (lambda: tokens(5, 10**6), "tokens.token_ids[1]"),
@@ -194,6 +272,14 @@ async def test_string_that_is_not_utf8(
     error = await raw_refusal(channel, method, data.replace(spoiled, b"\xff\xfe\x80abc"))
     assert isinstance(error, errors.InvalidArgument)
     assert error.field == fields[spoiled]
+
+
+async def test_stop_string_that_is_not_utf8(stack: Stack, channel: grpc.aio.Channel) -> None:
+    request = sampling(logit_bias={5: 1.0, 6: 1.0}, stop=["ok", "XSTOPX"])
+    data = request.SerializeToString().replace(b"XSTOPX", b"\xff\xfe\x80abc")
+    error = await raw_refusal(channel, "Generate", data)
+    assert isinstance(error, errors.InvalidArgument)
+    assert error.field == "sampling.stop[1]"
 
 
 async def test_bytes_that_are_no_message(stack: Stack, channel: grpc.aio.Channel) -> None:

@@ -53,7 +53,9 @@ def test_the_whole_repository_is_looked_at_once() -> None:
 
 def test_files_are_short() -> None:
     sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
-    offenders = [f"{p.relative_to(ROOT)}: {n} lines" for p, n in sizes.items() if n > MAX_FILE_LINES]
+    offenders = [
+        f"{p.relative_to(ROOT)}: {n} lines" for p, n in sizes.items() if n > MAX_FILE_LINES
+    ]
     assert not offenders, "\n".join(offenders)
 
 

@@ -128,20 +128,20 @@ async def test_spans_of_the_threads_belong_to_the_call(
     await servicer.Encode(upload(b"x"), NO_CONTEXT)
     preprocess, vit, encode, again = exporter.get_finished_spans()
     assert [s.name for s in (preprocess, vit, encode, again)] == [
-        "encoder.preprocess",
-        "encoder.vit",
-        "encoder.encode",
-        "encoder.encode",
+        "preprocess",
+        "vit",
+        "encode image",
+        "encode image",
     ]
     for span in (preprocess, vit):
         assert span.parent is not None
         assert span.parent.span_id == encode.context.span_id
         assert span.context.trace_id == encode.context.trace_id
-    expected = {"kind": "image", "patches": GRID.num_patches, "cached": False}
+    expected = {"chiasm.media.patches": GRID.num_patches, "chiasm.media.cached": False}
     assert encode.attributes is not None
     assert again.attributes is not None
     assert expected.items() <= dict(encode.attributes).items()
-    assert again.attributes["cached"] is True
+    assert again.attributes["chiasm.media.cached"] is True
 
 
 async def test_metrics_count_the_work(servicer: VisionEncoderServicer) -> None:

@@ -79,6 +79,7 @@ class AsyncClient:
             try:
                 async for answer in call:
                     if (event := codec.event(answer)) is not None:
+                        calls.record(span, event)
                         yield event
             finally:
                 call.cancel()

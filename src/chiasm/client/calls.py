@@ -8,11 +8,11 @@ import uuid
 from collections.abc import Iterator
 
 import grpc
-from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Span
 
 from chiasm import errors
 from chiasm.client.codec import Options
+from chiasm.client.events import Event, Finished, Started
 from chiasm.client.messages import Prompt, Tokens
 from chiasm.telemetry import traces
 from chiasm.transport import status
@@ -53,15 +53,31 @@ def rpc_errors() -> Iterator[None]:
 def start_span(prompt: Prompt, options: Options) -> Span:
     """The client span of a generation; the caller ends it with `end_span`."""
     operation = "text_completion" if isinstance(prompt, Tokens) else "chat"
-    return traces.tracer.start_span(
+    span = traces.tracer.start_span(
         f"{operation} {options.model}".strip(),
-        kind=SpanKind.CLIENT,
+        kind=traces.CLIENT,
         attributes={
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "chiasm",
+            "gen_ai.request.stream": True,
             "gen_ai.request.max_tokens": options.sampling.max_tokens,
         },
     )
+    if options.model:
+        span.set_attribute("gen_ai.request.model", options.model)
+    return span
+
+
+def record(span: Span, event: Event) -> None:
+    """Notes on the span of a generation what an event of it says."""
+    match event:
+        case Started():
+            span.set_attribute("gen_ai.response.id", event.request_id)
+            span.set_attribute("gen_ai.response.model", event.model)
+        case Finished():
+            span.set_attribute("gen_ai.response.finish_reasons", [event.reason])
+            span.set_attribute("gen_ai.usage.input_tokens", event.usage.prompt_tokens)
+            span.set_attribute("gen_ai.usage.output_tokens", event.usage.completion_tokens)
 
 
 @contextlib.contextmanager
@@ -69,9 +85,8 @@ def ending(span: Span) -> Iterator[None]:
     """Ends the span with the block, marked with the error that left it."""
     try:
         yield
-    except errors.ChiasmError as error:
-        span.set_attribute("error.type", error.reason)
-        span.set_status(trace.StatusCode.ERROR, error.message)
+    except BaseException as error:
+        traces.mark_failed(span, error)
         raise
     finally:
         span.end()

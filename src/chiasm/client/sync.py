@@ -88,6 +88,7 @@ class Client:
             try:
                 for answer in call:
                     if (event := codec.event(answer)) is not None:
+                        calls.record(span, event)
                         yield event
             finally:
                 call.cancel()

@@ -77,6 +77,9 @@ REQUESTS_FINISHED = Counter(
 REQUESTS_FAILED = Counter(
     "chiasm_requests_failed_total", "Generate calls that ended with a typed error.", ["reason"]
 )
+RESUMES = Counter(
+    "chiasm_request_resumes_total", "Answers that went on with another decoder after a loss."
+)
 REQUESTS_IN_FLIGHT = Gauge("chiasm_requests_in_flight", "Generate calls being worked on.")
 PROMPT_TOKENS = Counter(
     "chiasm_prompt_tokens_total", "Prompt tokens of requests sent to a decoder.", ["modality"]
@@ -179,6 +182,7 @@ OF_SERVICE: dict[str, tuple[MetricWrapperBase, ...]] = {
         REQUESTS_ACCEPTED,
         REQUESTS_FINISHED,
         REQUESTS_FAILED,
+        RESUMES,
         REQUESTS_IN_FLIGHT,
         PROMPT_TOKENS,
         COMPLETION_TOKENS,

@@ -25,6 +25,9 @@ Attributes = Mapping[str, AttributeValue]
 
 CLIENT, SERVER, INTERNAL = trace.SpanKind.CLIENT, trace.SpanKind.SERVER, trace.SpanKind.INTERNAL
 
+CANCELLED = "chiasm.cancelled"
+"""The attribute of spans whose work was given up because nobody wanted it any more."""
+
 MAX_MESSAGE_CHARS = 256
 """Of an error's message, this much is kept in a span's status."""
 
@@ -123,7 +126,7 @@ def mark_failed(span: trace.Span, error: BaseException) -> None:
     Work that is no longer wanted has not failed: a cancelled span is marked as cancelled only.
     """
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        span.set_attribute("chiasm.cancelled", True)
+        span.set_attribute(CANCELLED, True)
         return
     kind = error.reason if isinstance(error, errors.ChiasmError) else type(error).__qualname__
     span.set_attribute("error.type", kind)
@@ -133,6 +136,8 @@ def mark_failed(span: trace.Span, error: BaseException) -> None:
 def peer(address: str) -> dict[str, str | int]:
     """The attributes that name the server at host:port."""
     host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return {"server.address": address}
     return {"server.address": host.strip("[]"), "server.port": int(port)}
 
 

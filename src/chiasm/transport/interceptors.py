@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -120,13 +120,15 @@ def _wrap_unary(behavior: Any, method: str) -> Any:
 
 
 def _wrap_stream(behavior: Any, method: str) -> Any:
-    async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
+    # Not a generator itself: grpc leaves those of cancelled calls to the garbage collector, and
+    # what the handler has to clean up would be done later, in another context.
+    async def call(request: Any, context: _Context) -> None:
         with _Call(method, context) as scope:
             answers = behavior(request, context)
             try:
                 async for answer in answers:
-                    yield answer
-            except (asyncio.CancelledError, GeneratorExit):
+                    await context.write(answer)
+            except asyncio.CancelledError:
                 scope.outcome = "CANCELLED"
                 raise
             except grpc.aio.AbortError:
