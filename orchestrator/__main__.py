@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 import uuid
 
@@ -56,13 +58,16 @@ def run(settings: OrchestratorSettings) -> int:
     instance_id = uuid.uuid4().hex
     logs.configure("orchestrator", level=settings.log_level)
     provider = traces.configure("orchestrator", instance_id=instance_id)
-    try:
-        asyncio.run(_serve(settings, instance_id))
-    except (errors.ChiasmError, OSError) as error:
-        log.error("start_failed", error=str(error))
-        return 1
-    flush(provider)
-    return 0
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(_serve(settings, instance_id))
+        except (errors.ChiasmError, OSError) as error:
+            log.error("start_failed", error=str(error))
+            return 1
+        flush(provider)
+        # The streams of members have been cut off; ending the loop under them would only add noise.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 main = settings_command(OrchestratorSettings, run, prog="chiasm orchestrator")

@@ -71,7 +71,7 @@ def build(
         register=partial(decoder_pb2_grpc.add_DecoderServicer_to_server, servicer),
         load=load,
         is_ready=is_ready,
-        drain=servicer.wait_idle,
+        drain=servicer.drain,
         close=close,
         watch_topology=not settings.colocate,
     )

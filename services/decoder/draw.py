@@ -82,20 +82,20 @@ def _draw_whole(logits: torch.Tensor, samplings: Seq[Sampling], uniform: Seq[flo
 
 def _draw_ranked(logits: torch.Tensor, samplings: Seq[Sampling], uniform: Seq[float]) -> list[int]:
     """With top-k or top-p: in order of likelihood, among the likeliest where they suffice."""
-    width = min(_WIDTH, logits.shape[-1])
     weights = _weights(logits, samplings)
-    ids, is_exact = _ranked(logits, weights, samplings, uniform, width)
-    found = ids.tolist()
-    again = [i for i, is_so in enumerate(is_exact.tolist()) if not is_so]
-    if again:
-        ids, _ = _ranked(
-            logits[again],
-            weights[again],
-            [samplings[i] for i in again],
-            [uniform[i] for i in again],
-            logits.shape[-1],
+    found, left = [0] * len(samplings), list(range(len(samplings)))
+    for width in (min(_WIDTH, logits.shape[-1]), logits.shape[-1]):
+        ids, is_exact = _ranked(
+            _rows(logits, left),
+            _rows(weights, left),
+            [samplings[i] for i in left],
+            [uniform[i] for i in left],
+            width,
         )
-        _put(found, again, ids.tolist())
+        _put(found, left, ids.tolist())
+        left = [i for i, is_so in zip(left, is_exact.tolist(), strict=True) if not is_so]
+        if not left:
+            break
     return found
 
 

@@ -25,7 +25,6 @@ from chiasm.services.decoder.scheduler import Chunk, Scheduler
 from chiasm.services.decoder.sequence import (
     FailedEvent,
     FinishedEvent,
-    FinishReason,
     Sequence,
     TokenEvent,
 )
@@ -226,7 +225,7 @@ class Engine:
             if not sequence.timings.first_token:
                 spans.first_token(sequence, now)
             sequence.sink(TokenEvent(token_id=token, logprob=choice.logprob, top=choice.top))
-            if reason := _finish_reason(sequence, token):
+            if reason := sequence.finish_reason:
                 sequence.timings.finished = now
                 self._end(sequence)
                 sequence.sink(FinishedEvent(reason=reason))
@@ -280,11 +279,3 @@ class Engine:
             metrics.STEP_TOKENS.labels("prefill", "text").inc(num_text)
             metrics.STEP_TOKENS.labels("prefill", "vision").inc(len(types) - num_text)
             metrics.STEP_TOKENS.labels("decode", "text").inc(chunk.num_tokens - len(types))
-
-
-def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
-    if token in sequence.sampling.stop_token_ids:
-        return FinishReason.STOP
-    if sequence.num_generated >= sequence.sampling.max_tokens:
-        return FinishReason.LENGTH
-    return None

@@ -24,7 +24,7 @@ class ServerLink:
         self.is_broken = False
         self._pending: dict[int, asyncio.Future[experts_pb2.DispatchResponse]] = {}
         self._next_id = 0
-        self._requests: asyncio.Queue[experts_pb2.DispatchRequest] = asyncio.Queue()
+        self._requests: asyncio.Queue[experts_pb2.DispatchRequest | None] = asyncio.Queue()
         self._channel = open_channel(address, max_message_bytes=max_message_bytes)
         self._call = experts_pb2_grpc.ExpertPoolStub(self._channel).Dispatch(self._outgoing())
         self._reader = asyncio.create_task(self._read(), name=f"link {address}")
@@ -68,8 +68,8 @@ class ServerLink:
         await self._channel.close(None)
 
     async def _outgoing(self) -> AsyncIterator[experts_pb2.DispatchRequest]:
-        while True:
-            yield await self._requests.get()
+        while (request := await self._requests.get()) is not None:
+            yield request
 
     async def _read(self) -> None:
         try:
@@ -84,6 +84,7 @@ class ServerLink:
 
     def _fail(self, error: errors.ChiasmError) -> None:
         self.is_broken = True
+        self._requests.put_nowait(None)
         for answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(error)

@@ -39,6 +39,7 @@ class Choice(NamedTuple):
     error: errors.ChiasmError | None = None
 
 
+@torch.inference_mode()
 def choose(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Choice]:
     """One choice per sequence; sequences are not changed but for their `processors`.
 

@@ -190,6 +190,15 @@ class Sequence:
         return self.prompt_logits or self.sampling.prompt_logprobs is not None
 
     @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the answer is complete with its last token, if it is."""
+        if not self.num_generated:
+            return None
+        if self.token_ids[-1] in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_generated >= self.sampling.max_tokens else None
+
+    @property
     def num_pending(self) -> int:
         """Tokens whose keys and values are not in the cache yet."""
         return len(self.token_ids) - self.num_computed

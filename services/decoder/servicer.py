@@ -44,6 +44,8 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self.engine: Engine | None = None
         self._config, self._embeddings, self._grammars = config, embeddings, grammars
         self._calls: dict[str, asyncio.Task[object] | None] = {}
+        self._aborted: set[str] = set()
+        self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -51,6 +53,10 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self, request: decoder_pb2.DecodeRequest, context: Context
     ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
         engine = self._ready_engine()
+        if self._is_draining:
+            raise errors.Unavailable(
+                "the decoder is draining", reason="DRAINING", retry_after_s=1.0
+            )
         if request.request_id in self._calls:
             raise errors.AlreadyExists(f"request {request.request_id!r} is in flight")
         wire.check(request, self._config)
@@ -66,7 +72,13 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 )
                 async for event in self._run(engine, request):
                     yield event
+        except asyncio.CancelledError:
+            if request.request_id not in self._aborted:
+                raise
+            # grpc would say nothing to a peer whose call is cancelled from our side.
+            raise errors.FailedPrecondition("the request was aborted", reason="ABORTED") from None
         finally:
+            self._aborted.discard(request.request_id)
             del self._calls[request.request_id]
             if not self._calls:
                 self._idle.set()
@@ -76,6 +88,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
     ) -> decoder_pb2.AbortResponse:
         task = self._calls.get(request.request_id)
         if task is not None:
+            self._aborted.add(request.request_id)
             task.cancel()
         return decoder_pb2.AbortResponse()
 
@@ -90,8 +103,9 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             kv_tokens_total=load.kv_tokens_total,
         )
 
-    async def wait_idle(self) -> None:
-        """Returns when no call is running."""
+    async def drain(self) -> None:
+        """Refuses new calls and returns when none is running."""
+        self._is_draining = True
         await self._idle.wait()
 
     def _ready_engine(self) -> Engine:
@@ -109,6 +123,10 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         fetch_ns = time.monotonic_ns() - start if request.media else 0
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         sequence = self._sequence(request, embeddings)
+        if sequence.finish_reason is not None:
+            # All that was lost with another decoder is the word that it was the last token.
+            yield wire.finished(sequence.finish_reason, wire.timings(sequence.timings, fetch_ns))
+            return
         if request.grammar:
             sequence.matcher = await asyncio.to_thread(self._grammars.matcher, request.grammar)
 

@@ -38,11 +38,13 @@ _REASONS = {
 def check(request: decoder_pb2.DecodeRequest, config: ModelConfig) -> None:
     """Raises InvalidArgument with the field named."""
     num_tokens, limit = len(request.token_ids), config.text.max_position_embeddings
-    if not 1 <= num_tokens < limit:
-        raise errors.InvalidArgument("token_ids", f"1 to {limit - 1} tokens, got {num_tokens}")
     num_prompt = num_tokens - request.num_generated
-    if num_prompt < 1:
-        raise errors.InvalidArgument("num_generated", "leaves no prompt")
+    if not 1 <= num_prompt < limit or num_tokens > limit:
+        raise errors.InvalidArgument(
+            "token_ids",
+            f"a prompt of 1 to {limit - 1} tokens and an answer that fit {limit}, "
+            f"got {num_prompt} + {request.num_generated}",
+        )
     if len(request.token_types) != num_prompt or max(request.token_types) > TOKEN_VIDEO:
         raise errors.InvalidArgument("token_types", "one byte of 0, 1 or 2 per prompt token")
     if len(request.grammar.encode()) > MAX_GRAMMAR_BYTES:
@@ -84,8 +86,6 @@ def _check_sampling(request: decoder_pb2.DecodeRequest, num_prompt: int, limit: 
             "sampling.max_tokens",
             f"{num_prompt} prompt + {wire.max_tokens} new tokens exceed {limit}",
         )
-    if request.num_generated >= (wire.max_tokens or limit):
-        raise errors.InvalidArgument("num_generated", "the answer has reached max_tokens")
     # In these forms NaN is refused as well.
     if not 0 <= wire.temperature < math.inf:
         raise errors.InvalidArgument("sampling.temperature", "must be finite and at least 0")

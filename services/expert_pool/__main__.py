@@ -55,10 +55,6 @@ def build(
         with loading(f"{bank.modality} experts", len(shards) * len(config.text.moe_layers)) as bar:
             await engine.assign(shards, epoch=0, on_layer=lambda: bar(1), on_change=report)
 
-    async def drain() -> None:
-        servicer.draining = True
-        await engine.wait_idle()
-
     async def close() -> None:
         engine.close()
 
@@ -66,7 +62,7 @@ def build(
         register=partial(experts_pb2_grpc.add_ExpertPoolServicer_to_server, servicer),
         load=load,
         is_ready=lambda _: bool(bank.shards) and not servicer.draining,
-        drain=drain,
+        drain=servicer.drain,
         close=close,
     )
 

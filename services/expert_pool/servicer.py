@@ -22,6 +22,9 @@ from chiasm.v1 import experts_pb2, experts_pb2_grpc
 MAX_STREAM_DISPATCHES = 64
 """Dispatches of one stream in hand at once; beyond it the stream is read no further."""
 
+_Answers = asyncio.Queue[experts_pb2.DispatchResponse | None]
+"""Answers of one stream on their way out; None ends the stream."""
+
 log = structlog.get_logger()
 
 
@@ -39,6 +42,7 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         queued = metrics.QUEUED_DISPATCHES.labels(self._modality)
         queued.set_function(lambda: self._engine.queued)
         self._assigning: set[asyncio.Task[None]] = set()
+        self._streams: set[_Answers] = set()
         self.draining = False
 
     async def Dispatch(
@@ -46,7 +50,7 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         requests: AsyncIterator[experts_pb2.DispatchRequest],
         context: Context,
     ) -> AsyncIterator[experts_pb2.DispatchResponse]:
-        answers: asyncio.Queue[experts_pb2.DispatchResponse | None] = asyncio.Queue()
+        answers: _Answers = asyncio.Queue()
         slots = asyncio.Semaphore(MAX_STREAM_DISPATCHES)
         running: set[asyncio.Task[None]] = set()
 
@@ -68,11 +72,14 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
                 answers.put_nowait(None)
 
         reader = asyncio.create_task(read())
+        self._streams.add(answers)
         try:
             while (response := await answers.get()) is not None:
                 yield response
-            await reader  # what ended the stream, if it was not its end
+            if not self.draining:
+                await reader  # what ended the stream, if it was not its end
         finally:
+            self._streams.discard(answers)
             for task in (reader, *running):
                 task.cancel()
             await asyncio.gather(reader, *running, return_exceptions=True)
@@ -118,6 +125,16 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         self.draining = True
         self._on_change()
         return await self.Describe(experts_pb2.DescribeRequest(), context)
+
+    async def drain(self) -> None:
+        """Refuses new dispatches, waits for those accepted before and ends all streams.
+
+        A peer that has not heard of the end of this server would keep its stream open.
+        """
+        self.draining = True
+        await self._engine.wait_idle()
+        for answers in self._streams:
+            answers.put_nowait(None)
 
     def _assigned(self, task: asyncio.Task[None]) -> None:
         self._assigning.discard(task)

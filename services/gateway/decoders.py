@@ -134,10 +134,14 @@ class Decoders:
         stub = decoder_pb2_grpc.DecoderStub(self._channels.get(decoder.address))
         call = stub.Decode(request, timeout=timeout_s, metadata=metadata)
         self._in_flight[decoder.address] += 1
+        is_finished = False
         try:
             async for event in call:
+                is_finished = event.HasField("finished")
                 yield event
         except grpc.RpcError as failure:
+            if is_finished:
+                return  # all has been said
             error = peer_error(failure)
             traces.mark_failed(span, error)
             raise error from None

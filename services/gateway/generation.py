@@ -124,7 +124,7 @@ class Generator:
         )
 
     async def _stream(self, call: _Call, index: int, answer: Answer) -> Responses:
-        """One answer; the decoder's stream is closed as soon as it is complete."""
+        """One answer; a decoder that does not know that it is complete is told so."""
         events = self._decode(call, index)
         try:
             async for event in events:
@@ -134,11 +134,12 @@ class Generator:
                     call.observation.generated(answer.num_tokens - num_before)
                 for response in responses:
                     yield response
-                if answer.reason is not None:
+                if answer.reason is not None and not event.HasField("finished"):
                     return
         finally:
             await events.aclose()
-        raise errors.Internal("the decoder ended the stream without a finished event")
+        if answer.reason is None:
+            raise errors.Internal("the decoder ended the stream without a finished event")
 
     def _check_fit(self, generation: Generation, laid_out: LaidOut) -> None:
         num_tokens, max_tokens = laid_out.usage.prompt_tokens, generation.sampling.max_tokens

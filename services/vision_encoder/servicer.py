@@ -14,6 +14,7 @@ from chiasm.services.vision_encoder.engine import EncoderEngine
 from chiasm.services.vision_encoder.upload import Header, Uploads, next_part, receive
 from chiasm.telemetry import traces
 from chiasm.transport import tensors
+from chiasm.types import MediaKind
 from chiasm.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -50,8 +51,14 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
             encoded = await engine.find(header.digest)
             if encoded is None:
                 encoded = await self._upload(engine, header, parts)
-            span.set_attributes({f"chiasm.media.{k}": v for k, v in _facts(encoded).items()})
-        log.info("encoded", digest=encoded.digest, kind=header.kind, **_facts(encoded))
+            span.set_attributes(
+                {
+                    "chiasm.media.patches": encoded.grid.num_patches,
+                    "chiasm.media.tokens": encoded.num_tokens,
+                    "chiasm.media.cached": encoded.cached,
+                }
+            )
+        _log(header.kind, encoded)
         return _to_wire(encoded)
 
     async def Fetch(
@@ -107,16 +114,18 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
             return await engine.encode(header.digest, header.kind, data)
 
 
-def _facts(encoded: Encoded) -> dict[str, int | float | bool]:
-    """What log and span tell of an item."""
-    return {
-        "patches": encoded.grid.num_patches,
-        "tokens": encoded.num_tokens,
-        "cached": encoded.cached,
-        "queue_s": encoded.queue_ns / 1e9,
-        "preprocess_s": encoded.preprocess_ns / 1e9,
-        "compute_s": encoded.compute_ns / 1e9,
-    }
+def _log(kind: MediaKind, encoded: Encoded) -> None:
+    log.info(
+        "encoded",
+        digest=encoded.digest,
+        kind=kind,
+        patches=encoded.grid.num_patches,
+        tokens=encoded.num_tokens,
+        cached=encoded.cached,
+        queue_ms=round(encoded.queue_ns / 1e6, 3),
+        preprocess_ms=round(encoded.preprocess_ns / 1e6, 3),
+        compute_ms=round(encoded.compute_ns / 1e6, 3),
+    )
 
 
 def _to_wire(encoded: Encoded) -> encoder_pb2.EncodeResult:

@@ -17,7 +17,7 @@ import grpc
 from chiasm.client import Client, Delta, Prompt, Result, Sampling
 from chiasm.client.assembly import Assembler
 from chiasm.local import LocalStack, StackConfig
-from chiasm.membership import MemberInfo, Role
+from chiasm.membership import MemberInfo, MemberState
 from chiasm.transport.channel import options
 from chiasm.transport.messages import CONTROL_BYTES
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_grpc
@@ -38,11 +38,22 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.02)
 
 
+def defects(log_dir: Path) -> list[str]:
+    """Lines of any log that should not be there."""
+    return [
+        f"{path.name}: {line[:400]}"
+        for path in sorted(log_dir.glob("*.log"))
+        for line in path.read_text(errors="replace").splitlines()
+        if DEFECTS.search(line)
+    ]
+
+
 class Cluster(LocalStack):
     """Processes by name; those that a test has ended on purpose are in `ended`."""
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__(config)
+        self.endpoint = ""
         self.ended: set[str] = set()
 
     def add(self, like: str, *, wait: bool = True) -> str:
@@ -99,17 +110,29 @@ class Cluster(LocalStack):
 
     def wait_exit(self, name: str) -> int:
         """The exit code of a process that was told to end."""
-        self.ended.add(name)
         child = self.children[name]
         wait_until(lambda: child.exit_code is not None, f"{name} exits")
         assert child.exit_code is not None
         return child.exit_code
 
-    def names(self, role: Role) -> list[str]:
-        """Running processes of a role, in the order of their member ids."""
-        order = [m.address for m in self.topology().ready(role)]
-        found = {c.address(): name for name, c in self.children.items() if name not in self.ended}
-        return [found[address] for address in order if address in found]
+    def terminate(self, name: str) -> None:
+        """SIGTERM."""
+        self.ended.add(name)
+        self.children[name].signal(signal.SIGTERM)
+
+    def running(self, like: str) -> list[str]:
+        """`like` and those added like it, as far as they are ready; a gateway prefers the first."""
+        order = [m.address for m in self.topology().members if m.is_ready]
+        mine = {
+            child.address(): name
+            for name, child in self.children.items()
+            if name.partition("+")[0] == like and name not in self.ended
+        }
+        return [mine[address] for address in order if address in mine]
+
+    def state(self, name: str) -> MemberState | None:
+        member = self.member(name)
+        return member.state if member is not None else None
 
     def metrics(self, name: str) -> dict[str, float]:
         """What a process exports, by sample name with its labels."""
@@ -136,6 +159,11 @@ class Cluster(LocalStack):
             )
         return load
 
+    def abort(self, decoder: str, request_id: str) -> None:
+        with self._channel(decoder) as channel:
+            stub: Any = decoder_pb2_grpc.DecoderStub(channel)
+            stub.Abort(decoder_pb2.AbortRequest(request_id=request_id), timeout=WAIT_S)
+
     def wait_idle(self, decoder: str = "decoder") -> None:
         """Nothing runs, waits or holds keys and values in a decoder."""
 
@@ -152,52 +180,45 @@ class Cluster(LocalStack):
         assert found
         return int(found[1]) * 1024
 
-    def defects(self) -> list[str]:
-        """Lines of any log that should not be there."""
-        return [
-            f"{path.name}: {line[:400]}"
-            for path in sorted(self.log_dir.glob("*.log"))
-            for line in path.read_text(errors="replace").splitlines()
-            if DEFECTS.search(line)
-        ]
-
     def _channel(self, name: str) -> grpc.Channel:
         return grpc.insecure_channel(self.address(name), options=options(CONTROL_BYTES))
 
 
 @contextmanager
-def cluster(config: StackConfig) -> Iterator[tuple[Cluster, Client]]:
-    """A running stack and a client; asserts that it ends without a defect in any log."""
+def cluster(config: StackConfig) -> Iterator[Cluster]:
+    """A running stack; asserts that it ends without a defect in any log."""
     stack = Cluster(config)
-    address = stack.start()
+    stack.endpoint = stack.start()
     try:
-        with Client(address, timeout_s=WAIT_S) as client:
-            yield stack, client
+        yield stack
         children = dict(stack.children)
     finally:
         stack.stop()
     codes = {name: c.exit_code for name, c in children.items() if name not in stack.ended}
     assert codes == dict.fromkeys(codes, 0)
-    assert stack.defects() == []
+    assert defects(stack.log_dir) == []
 
 
 class Stream:
-    """A generation under way in a thread of its own."""
+    """A generation under way, in a thread and over a connection of its own."""
 
     def __init__(
         self,
-        client: Client,
+        endpoint: str,
         prompt: Prompt,
         sampling: Sampling,
         *,
         prompt_logits: bool = False,
+        request_id: str = "",
         timeout_s: float = WAIT_S,
     ) -> None:
-        self._events = client.generate(
+        self._client = Client(endpoint)
+        self._events = self._client.generate(
             prompt,
             sampling=sampling,
             prompt_token_ids=True,
             prompt_logits=prompt_logits,
+            request_id=request_id,
             timeout_s=timeout_s,
         )
         self._assembler = Assembler()
@@ -212,21 +233,29 @@ class Stream:
         return not self._thread.is_alive()
 
     def wait_tokens(self, count: int) -> None:
-        """Returns once so many tokens have come, or the stream has ended."""
+        """Returns once so many tokens have come; raises what ended the stream before."""
         with self._changed:
             assert self._changed.wait_for(
                 lambda: self.num_tokens >= count or self._error is not None, WAIT_S
             )
-        if self._error is not None:
+        if self.num_tokens < count and self._error is not None:
             raise self._error
+
+    def wait_end(self) -> None:
+        """Returns when the stream has ended, well or not."""
+        self._thread.join(WAIT_S)
+        assert self.is_done, "the stream does not end"
 
     def result(self) -> Result:
         """The answer; raises what ended the stream otherwise."""
-        self._thread.join(WAIT_S)
-        assert self.is_done, "the stream does not end"
+        self.wait_end()
         if self._error is not None:
             raise self._error
         return self._assembler.result()
+
+    def cancel(self) -> None:
+        """Drops the connection."""
+        self._client.close()
 
     def _run(self) -> None:
         try:
@@ -240,3 +269,5 @@ class Stream:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+        finally:
+            self._client.close()

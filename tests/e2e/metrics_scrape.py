@@ -14,34 +14,21 @@ from prometheus_client.parser import text_string_to_metric_families
 Families = dict[str, Metric]
 
 
-class Scraper:
-    """Finds the services of one stack; text-pool and vision-pool are told apart."""
-
-    def __init__(self, orchestrator: str, log_dir: Path) -> None:
-        self._orchestrator = orchestrator
-        self._log_dir = log_dir
-
-    def addresses(self) -> dict[str, str]:
-        """Where each service has its /metrics."""
-        command = [sys.executable, "-m", "chiasm", "status", "--json"]
-        done = subprocess.run(
-            [*command, "--endpoint", self._orchestrator],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        found = {}
-        for member in json.loads(done.stdout)["members"]:
-            role = member["role"]
-            if role == "expert-pool":
-                role = f"{member['shard_sets'][0]['modality']}-pool"
-            found[role] = member["metrics_address"]
-        # It is no member of its own topology.
-        for line in (self._log_dir / "orchestrator.log").read_text().splitlines():
-            if '"listening"' in line:
-                found["orchestrator"] = f"127.0.0.1:{json.loads(line)['metrics_port']}"
-        return found
+def addresses(orchestrator: str, log_dir: Path) -> dict[str, str]:
+    """Where each service of a stack has its /metrics; text-pool and vision-pool are told apart."""
+    command = [sys.executable, "-m", "chiasm", "status", "--json", "--endpoint", orchestrator]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    found = {}
+    for member in json.loads(done.stdout)["members"]:
+        role = member["role"]
+        if role == "expert-pool":
+            role = f"{member['shard_sets'][0]['modality']}-pool"
+        found[role] = member["metrics_address"]
+    # It is no member of its own topology.
+    for line in (log_dir / "orchestrator.log").read_text().splitlines():
+        if '"listening"' in line:
+            found["orchestrator"] = f"127.0.0.1:{json.loads(line)['metrics_port']}"
+    return found
 
 
 def scrape(address: str) -> Families:

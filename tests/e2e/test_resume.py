@@ -11,7 +11,6 @@ from e2e.cluster import Cluster, Stream, cluster
 
 from chiasm.client import Client, Prompt, Sampling, image, user
 from chiasm.local import StackConfig
-from chiasm.membership import Role
 
 NUM_TOKENS = 150
 GREEDY = Sampling(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
@@ -30,9 +29,7 @@ PROMPTS: dict[str, Prompt] = {
 
 
 @pytest.fixture(scope="module")
-def parts(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Cluster, Client]]:
+def stack(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     config = StackConfig(
         model=tiny_checkpoint, dtype="float32", log_dir=tmp_path_factory.mktemp("logs")
     )
@@ -41,18 +38,20 @@ def parts(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_streams_outlive_their_decoder(parts: tuple[Cluster, Client], sampling: Sampling) -> None:
+def test_streams_outlive_their_decoder(stack: Cluster, sampling: Sampling) -> None:
     """Two decoders share four streams; one is killed, then the one that took its streams over."""
-    stack, client = parts
-    expected = {name: client.complete(p, sampling=sampling) for name, p in PROMPTS.items()}
+    with Client(stack.endpoint) as client:
+        expected = {name: client.complete(p, sampling=sampling) for name, p in PROMPTS.items()}
     stack.add("decoder")
     streams = {
-        (name, i): Stream(client, p, sampling) for i in range(2) for name, p in PROMPTS.items()
+        (name, i): Stream(stack.endpoint, p, sampling)
+        for i in range(2)
+        for name, p in PROMPTS.items()
     }
     for num_tokens in (15, 60):
         for stream in streams.values():
             stream.wait_tokens(num_tokens)
-        victim = stack.names(Role.DECODER)[0]
+        victim = stack.running("decoder")[0]
         stack.kill(victim)
         stack.wait_gone(victim)
         stack.add("decoder")
@@ -65,13 +64,13 @@ def test_streams_outlive_their_decoder(parts: tuple[Cluster, Client], sampling: 
     assert stack.metrics("gateway")["chiasm_request_resumes_total"] >= 2
 
 
-def test_the_last_decoder_dies_and_another_comes(parts: tuple[Cluster, Client]) -> None:
+def test_the_last_decoder_dies_and_another_comes(stack: Cluster) -> None:
     """With no decoder left the stream waits; it goes on when there is one again."""
-    stack, client = parts
-    expected = client.complete(PROMPTS["image"], sampling=GREEDY)
-    stream = Stream(client, PROMPTS["image"], GREEDY)
+    with Client(stack.endpoint) as client:
+        expected = client.complete(PROMPTS["image"], sampling=GREEDY)
+    stream = Stream(stack.endpoint, PROMPTS["image"], GREEDY)
     stream.wait_tokens(10)
-    for name in stack.names(Role.DECODER):
+    for name in stack.running("decoder"):
         stack.kill(name)
         stack.wait_gone(name)
     assert not stream.is_done

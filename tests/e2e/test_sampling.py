@@ -62,7 +62,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(directory: Path) -> Iterator[LocalStack]:
-    config = StackConfig(model=directory, dtype="float32", colocate=True, log_dir=Path("/tmp/slog"))
+    config = StackConfig(model=directory, dtype="float32", colocate=True)
     with LocalStack(config) as running:
         yield running
 
@@ -264,7 +264,7 @@ def test_a_bad_form_is_named(client: Client) -> None:
     assert caught.value.field == "sampling.response_format.json_schema"
 
 
-@pytest.mark.parametrize("num_done", [1, 7, 20])
+@pytest.mark.parametrize("num_done", [1, 7, 20, 32])
 def test_a_decoder_goes_on_with_anothers_answer(
     num_done: int, client: Client, stack: LocalStack, tokenizer: Tokenizer
 ) -> None:

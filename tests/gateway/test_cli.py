@@ -155,7 +155,7 @@ def test_no_gateway(live: Any) -> None:
 def test_failure_of_the_system(live: Any) -> None:
     async def script(_: decoder_pb2.DecodeRequest) -> AsyncIterator[decoder_pb2.DecodeEvent]:
         yield tokens_event(5)
-        raise errors.Unavailable("gone")
+        raise errors.Internal("gone")
 
     live[1].scripts.append(script)
     done = chiasm(live, "generate", "--prompt", "x", "--json")

@@ -9,6 +9,7 @@ import typer
 from chiasm.cli.bench import bench
 from chiasm.cli.chat import chat
 from chiasm.cli.demo import demo
+from chiasm.cli.eval import evaluate
 from chiasm.cli.generate import generate
 from chiasm.cli.status import status
 from chiasm.cli.synth import synth
@@ -53,6 +54,7 @@ def _add_service(name: str, module: str, help_text: str) -> None:
 
 for _command in (up, status, generate, chat, demo, synth):
     app.command()(_command)
+app.command("eval")(evaluate)
 app.add_typer(bench)
 for _name, (_module, _help) in _SERVICES.items():
     _add_service(_name, _module, _help)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from chiasm import errors
-from chiasm.cli import answers, failures, messages
+from chiasm.cli import answers, failures, messages, options
 from chiasm.client import Client, Delta, Media, Prompt, Sampling, user
 from chiasm.telemetry import traces
 from chiasm.transport.service import flush
@@ -25,62 +25,30 @@ Timeout = Annotated[float, typer.Option(help="Seconds the whole request may take
 
 
 def generate(
+    context: typer.Context,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
-    prompt: Annotated[
-        str | None, typer.Option(help="Text of one user message; - reads stdin.")
-    ] = None,
-    messages_json: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Conversation as a JSON list; - reads stdin."),
-    ] = None,
-    prompt_token_ids: Annotated[
-        str | None, typer.Option(metavar="FILE", help="JSON list of token ids; - reads stdin.")
-    ] = None,
-    image: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Image; may be repeated.")
-    ] = None,
-    video: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Video; may be repeated.")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(help="Most tokens to generate; 0: as many as fit.")
-    ] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random stream.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
-    top_k: Annotated[int, typer.Option(help="Most likely tokens to keep; 0: all.")] = 0,
-    min_p: Annotated[
-        float, typer.Option(help="Least share of the likeliest token's probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: against tokens of prompt and answer.")
-    ] = None,
-    presence_penalty: Annotated[
-        float, typer.Option(help="Against tokens of the answer, in [-2, 2].")
-    ] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, once per occurrence.")] = 0.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="String that ends the answer; may be repeated.")
-    ] = None,
-    min_tokens: Annotated[int, typer.Option(help="Tokens before the answer may end.")] = 0,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens.")
-    ] = False,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(help="With --json: likeliest tokens to list at each place, 0 to 20."),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", help="Answers; more than one needs --json.")] = 1,
-    response_format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORM", help="File with a JSON Schema (- reads stdin), or regex:PATTERN."
-        ),
-    ] = None,
-    thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of a thought.")] = None,
-    enable_thinking: Annotated[
-        bool, typer.Option("--enable-thinking", help="Let the model think first.")
-    ] = False,
+    prompt: options.Text = None,
+    messages_json: options.MessagesJson = None,
+    prompt_token_ids: options.PromptTokenIds = None,
+    image: options.Images = None,
+    video: options.Videos = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    stop: options.Stop = None,
+    min_tokens: options.MinTokens = 0,
+    ignore_eos: options.IgnoreEos = False,
+    logprobs: options.Logprobs = None,
+    n: options.NumAnswers = 1,
+    response_format: options.Form = None,
+    thinking_budget: options.ThinkingBudget = None,
+    enable_thinking: options.EnableThinking = False,
     timeout: Timeout = 600.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
@@ -97,35 +65,13 @@ def generate(
                 raise errors.InvalidArgument("--timeout", "must be more than 0")
             if not as_json and (n > 1 or logprobs is not None):
                 raise errors.InvalidArgument("--json", "is needed for --n and --logprobs")
-            sampling = Sampling(
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                stop=stop or (),
-                min_tokens=min_tokens,
-                ignore_eos=ignore_eos,
-                logprobs=logprobs,
-                n=n,
-                response_format=answers.read_form(response_format, name="--response-format"),
-                thinking_budget=thinking_budget,
-            )
+            sampling = options.read_sampling(context.params)
             request = build_prompt(
                 prompt, messages_json, prompt_token_ids, image or (), video or ()
             )
             with Client(endpoint, timeout_s=timeout) as client:
-                if as_json:
-                    result = client.complete(
-                        request, sampling=sampling, enable_thinking=enable_thinking
-                    )
-                    sys.stdout.write(json.dumps(answers.to_json(result)) + "\n")
-                else:
-                    _stream(client, request, sampling, enable_thinking)
+                show = _print_json if as_json else _stream
+                show(client, request, sampling, enable_thinking)
     finally:
         flush(provider)
 
@@ -154,6 +100,11 @@ def build_prompt(
         )
     media: list[Media] = [*images, *videos]
     return [user(*media, messages.read_text(text or "", name="--prompt"))]
+
+
+def _print_json(client: Client, prompt: Prompt, sampling: Sampling, enable_thinking: bool) -> None:
+    result = client.complete(prompt, sampling=sampling, enable_thinking=enable_thinking)
+    sys.stdout.write(json.dumps(answers.to_json(result)) + "\n")
 
 
 def _stream(client: Client, prompt: Prompt, sampling: Sampling, enable_thinking: bool) -> None:

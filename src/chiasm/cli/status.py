@@ -16,6 +16,7 @@ from rich.table import Table
 from chiasm import errors
 from chiasm.cli import failures, running
 from chiasm.membership import MemberInfo, Topology
+from chiasm.telemetry import logs
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.types import Modality, ShardSpec
 
@@ -36,6 +37,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Follow changes until Ctrl-C.")] = False,
 ) -> None:
     """Shows the members of a running system: role, address, state, shards, metrics."""
+    logs.configure("status", level="error")
     with failures.reported():
         address = endpoint or running.find()
         if not address:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _MEDIA_TOKENS = {
     for kind in ("IMAGE", "VIDEO")
     for suffix, name in (("", "PLACEHOLDER"), ("_start", "START"), ("_end", "END"))
 }
-_ADDED_SPECIALS = [
+ADDED_SPECIALS = [
     "<|begin_of_sentence|>",
     "<|end_of_sentence|>",
     "<mask:1>",
@@ -73,8 +74,9 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def train(num_tokens: int) -> Tokenizer:
-    """A tokenizer of `num_tokens` (at least 259) plus the special tokens; the same every time."""
+def train(num_tokens: int, lines: Iterable[str] = tuple(_TEXT.splitlines())) -> Tokenizer:
+    """A tokenizer of `num_tokens` (at least 259) plus ADDED_SPECIALS; of the same lines, which hold
+    no digits, the same every time."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,9 +86,9 @@ def train(num_tokens: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_TEXT.splitlines(), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_tokens([AddedToken(str(d), normalized=False, special=False) for d in range(10)])
-    tokenizer.add_special_tokens(_ADDED_SPECIALS)
+    tokenizer.add_special_tokens(ADDED_SPECIALS)
     return tokenizer
 
 

@@ -10,6 +10,9 @@ KEEPALIVE_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 """A ping unanswered for this long closes the connection."""
 
+CONNECT_TIMEOUT_MS = 5_000
+"""An attempt to connect may take this long: a busy peer is slow to accept, not away."""
+
 RECONNECT_MAX_MS = 1_000
 """Ceiling of grpc's reconnect back-off; its default of two minutes would outlive most restarts."""
 
@@ -25,7 +28,8 @@ def options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.initial_reconnect_backoff_ms", 50),
-        ("grpc.min_reconnect_backoff_ms", 50),
+        # Despite its name: how long one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
         # Services talk to each other directly, whatever proxy the environment names for the web.
         ("grpc.enable_http_proxy", 0),

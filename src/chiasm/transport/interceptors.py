@@ -111,7 +111,7 @@ def _wrap_unary(behavior: Any, method: str) -> Any:
             except asyncio.CancelledError:
                 scope.outcome = "CANCELLED"
                 raise
-            except grpc.aio.AbortError:
+            except grpc.aio.BaseError:  # aborted, or the server has stopped
                 raise
             except Exception as error:
                 await scope.fail(error)
@@ -131,7 +131,7 @@ def _wrap_stream(behavior: Any, method: str) -> Any:
             except asyncio.CancelledError:
                 scope.outcome = "CANCELLED"
                 raise
-            except grpc.aio.AbortError:
+            except grpc.aio.BaseError:  # aborted, or the server has stopped
                 raise
             except Exception as error:
                 await scope.fail(error)

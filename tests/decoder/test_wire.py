@@ -1,0 +1,66 @@
+"""What the decoder refuses: nothing that could end a step for the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiasm import errors
+from chiasm.model.config import ModelConfig
+from chiasm.services.decoder import wire
+from chiasm.services.decoder.grammars import MAX_GRAMMAR_BYTES
+from chiasm.v1 import decoder_pb2, inference_pb2
+
+LIMIT, SIZE = 4096, 576
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint: Path) -> ModelConfig:
+    return ModelConfig.load(tiny_checkpoint)
+
+
+def request(sampling: dict[str, Any] | None = None, **fields: Any) -> decoder_pb2.DecodeRequest:
+    values = {"token_ids": [5, 6, 7], "token_types": bytes(3), **fields}
+    params = inference_pb2.SamplingParams(**(sampling or {}))
+    return decoder_pb2.DecodeRequest(sampling=params, **values)
+
+
+@pytest.mark.parametrize(
+    ("made", "field"),
+    [
+        (request(token_ids=[], token_types=b""), "token_ids"),
+        (request(token_ids=[5, SIZE, 7]), "token_ids"),
+        (request(token_ids=[5] * LIMIT, token_types=bytes(LIMIT)), "token_ids"),
+        (request(token_ids=[5] * (LIMIT + 1), num_generated=LIMIT - 2), "token_ids"),
+        (request(num_generated=3, token_types=b""), "token_ids"),
+        (request(num_generated=7), "token_ids"),
+        (request(num_generated=1), "token_types"),
+        (request(token_types=b"\0\0\3"), "token_types"),
+        (request(think_end_ids=[SIZE]), "think_end_ids"),
+        (request(grammar="g" * (MAX_GRAMMAR_BYTES + 1)), "grammar"),
+        (request({"stop_token_ids": [5, SIZE]}), "sampling.stop_token_ids"),
+        (request({"logit_bias": {SIZE: 1.0}}), "sampling.logit_bias"),
+        (request({"max_tokens": LIMIT - 2}), "sampling.max_tokens"),
+        (request({"temperature": float("nan")}), "sampling.temperature"),
+        (request({"temperature": -1}), "sampling.temperature"),
+        (request({"repetition_penalty": 0}), "sampling.repetition_penalty"),
+        (request({"repetition_penalty": float("nan")}), "sampling.repetition_penalty"),
+    ],
+)
+def test_bad_requests(made: decoder_pb2.DecodeRequest, field: str, config: ModelConfig) -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        wire.check(made, config)
+    assert caught.value.field == field
+
+
+def test_defaults(config: ModelConfig) -> None:
+    made = request(token_types=bytes(2), num_generated=1)
+    wire.check(made, config)
+    sampling = wire.sampling(made, config)
+    assert (sampling.temperature, sampling.top_p, sampling.repetition_penalty) == (1, 1, 1)
+    assert (sampling.logprobs, sampling.prompt_logprobs, sampling.thinking_budget) == (None,) * 3
+    assert sampling.stop_token_ids == frozenset(config.tokens.eos)
+    assert sampling.max_tokens == LIMIT - 2  # counts what was generated elsewhere
+    assert wire.sampling(request({"ignore_eos": True}), config).stop_token_ids == frozenset()

@@ -1,0 +1,305 @@
+# ruff: noqa: RUF001 - Chinese has its own punctuation
+"""Every task's answers are checked against what can be seen or read, by other means."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from chiasm.errors import InvalidArgument
+from chiasm.training.data import digits, words
+from chiasm.training.data.names import COLOUR_NAMES, SHAPE_NAMES, Language
+from chiasm.training.data.sample import Clip, Picture, Sample, Split
+from chiasm.training.data.stream import Stream, held_out
+from chiasm.training.data.tasks import MIX, TASKS
+from training import looking
+
+NUM_CHECKED = 60
+NUM_COUNTED = 400
+
+OPEN = {"words", "sums", "copy"}
+"""Tasks whose answers are of no small set."""
+
+
+def drawn(task: str, count: int = NUM_CHECKED, *, seed: int = 7) -> list[Sample]:
+    return list(islice(Stream({task: 1}, seed=seed).samples(), count))
+
+
+def named(text: str) -> list[str]:
+    """The shapes a question names, in the order in which it does."""
+    found = {}
+    for key, name in SHAPE_NAMES.items():
+        for spelling in (name.en, name.zh):
+            if spelling in text.replace("三角形", "triangle"):
+                found[key] = text.replace("三角形", "triangle").index(spelling)
+    return sorted(found, key=lambda key: found[key])
+
+
+def test_shapes_descriptions_and_colours() -> None:
+    for sample in drawn("shape"):
+        (mask,) = looking.blobs(looking.picture(sample))
+        assert sample.answer == SHAPE_NAMES[looking.shape(mask)].of(sample.language)
+    for sample in drawn("description"):
+        pixels = looking.picture(sample)
+        (mask,) = looking.blobs(pixels)
+        assert SHAPE_NAMES[looking.shape(mask)].of(sample.language) in sample.answer
+        assert COLOUR_NAMES[looking.colour(pixels, mask)].of(sample.language) in sample.answer
+
+
+def test_colours_of_one_of_two() -> None:
+    for sample in drawn("colour"):
+        pixels, (asked,) = looking.picture(sample), named(looking.question(sample))
+        seen = {looking.shape(mask): looking.colour(pixels, mask) for mask in looking.blobs(pixels)}
+        assert len(seen) == 2
+        assert seen[asked] == looking.english_colour(sample.answer)
+
+
+def test_counts() -> None:
+    for sample in drawn("count"):
+        assert sample.answer == str(len(looking.blobs(looking.picture(sample))))
+
+
+def test_places() -> None:
+    places = {
+        ("top left", "左上"): (0, 0),
+        ("top right", "右上"): (2, 0),
+        ("centre", "中间"): (1, 1),
+        ("bottom left", "左下"): (0, 2),
+        ("bottom right", "右下"): (2, 2),
+    }
+    for sample in drawn("place"):
+        pixels, (asked,) = looking.picture(sample), named(looking.question(sample))
+        (mask,) = (m for m in looking.blobs(pixels) if looking.shape(m) == asked)
+        expected = next(cell for names, cell in places.items() if sample.answer in names)
+        assert tuple(int(at // 28) for at in looking.middle(mask)) == expected
+
+
+def test_relations() -> None:
+    for sample in drawn("relation"):
+        text = looking.question(sample)
+        first, second = named(text)
+        if re.match(r"从|On which side of", text):  # these name the point of view first
+            first, second = second, first
+        at = {looking.shape(m): looking.middle(m) for m in looking.blobs(looking.picture(sample))}
+        across, down = at[first][0] - at[second][0], at[first][1] - at[second][1]
+        if abs(across) > abs(down):
+            expected = ("left", "左边") if across < 0 else ("right", "右边")
+        else:
+            expected = ("above", "上面") if down < 0 else ("below", "下面")
+        assert sample.answer in expected
+
+
+def test_bars() -> None:
+    for sample in drawn("bars"):
+        pixels = looking.picture(sample)[:51]  # above the axis
+        heights = {
+            looking.colour(pixels, mask): int(np.nonzero(mask.any(axis=1))[0].min())
+            for mask in looking.blobs(pixels)
+        }
+        is_tallest = any(word in looking.question(sample) for word in ("tallest", "最高"))
+        extreme = min(heights.values()) if is_tallest else max(heights.values())
+        assert heights[looking.english_colour(sample.answer)] == extreme
+        assert list(heights.values()).count(extreme) == 1
+
+
+def test_same_or_not() -> None:
+    for sample in drawn("same"):
+        seen = []
+        for index in range(2):
+            pixels = looking.picture(sample, index)
+            (mask,) = looking.blobs(pixels)
+            seen.append((looking.shape(mask), looking.colour(pixels, mask)))
+        is_about_shape = any(w in looking.question(sample) for w in ("the same shape", "the shape", "形状"))
+        alike = seen[0][not is_about_shape] == seen[1][not is_about_shape]
+        assert sample.answer in (("yes", "是") if alike else ("no", "否"))
+
+
+def test_which_has_more() -> None:
+    for sample in drawn("more"):
+        first, second = (len(looking.blobs(looking.picture(sample, i))) for i in range(2))
+        assert first != second
+        assert sample.answer in (("first", "第一张") if first > second else ("second", "第二张"))
+
+
+def test_motion() -> None:
+    for sample in drawn("motion"):
+        (clip,) = sample.media
+        assert isinstance(clip, Clip)
+        ends = []
+        for frame in (clip.frames[0], clip.frames[-1]):
+            (mask,) = looking.blobs(frame)
+            ends.append(np.array(looking.middle(mask)))
+        across, down = ends[1] - ends[0]
+        if abs(across) > abs(down):
+            expected = ("right", "右") if across > 0 else ("left", "左")
+        else:
+            expected = ("down", "下") if down > 0 else ("up", "上")
+        assert sample.answer in expected
+
+
+def test_digits_are_the_scans_that_the_key_names() -> None:
+    images, targets = digits.scans()
+    assert len(images) == 1797
+    for sample in drawn("digits"):
+        (index,) = sample.key
+        assert isinstance(index, int)
+        assert sample.answer == str(targets[index])
+        shrunk = 255 - looking.picture(sample)[4:52, 4:52, 0].reshape(8, 6, 8, 6).mean(axis=(1, 3))
+        assert np.corrcoef(shrunk.ravel(), images[index].ravel())[0, 1] > 0.6
+
+
+def test_words_are_as_many_letters_as_can_be_seen() -> None:
+    """Letters of upright faces stand apart, save where their serifs meet."""
+    close = 0
+    for sample in drawn("words"):
+        pixels = looking.picture(sample)
+        assert re.fullmatch(r"[A-Z]{3,5}", sample.answer)
+        dark = looking.ink(pixels)
+        assert not dark[:, [0, -1]].any()
+        assert not dark[[0, -1]].any()
+        close += len(looking.blobs(pixels)) == len(sample.answer)
+    assert close > 0.6 * NUM_CHECKED
+    assert len(set(words.WORDS)) == len(words.WORDS)
+
+
+def test_sums() -> None:
+    for sample in drawn("sums"):
+        a, b = map(int, re.findall(r"\d+", looking.question(sample)))
+        if "from" in looking.question(sample):
+            a, b = b, a
+        is_plus = re.search(r"\+|Add|加", looking.question(sample))
+        assert int(sample.answer) == (a + b if is_plus else a - b) >= 0
+
+
+def test_lookups() -> None:
+    for sample in drawn("lookup"):
+        *facts, asked = filter(None, re.split(r"[.。] ?", looking.question(sample).rstrip("?？")))
+        (known,) = (fact for fact in facts if fact[:2] in asked)
+        assert known.endswith(sample.answer) or f" {sample.answer} " in known or (
+            f"有{sample.answer}个" in known
+        )
+
+
+def test_copies() -> None:
+    for sample in drawn("copy"):
+        assert re.findall(r"[A-Z0-9]{3,4}", looking.question(sample)) == [sample.answer]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_sizes_are_small(task: str) -> None:
+    for sample in drawn(task, 20):
+        for item in sample.media:
+            pixels = item.frames if isinstance(item, Clip) else item.pixels
+            assert pixels.dtype == np.uint8
+            height, width, channels = pixels.shape[-3:]
+            assert (height % 28, width % 28, channels) == (0, 0, 3)
+            assert 4 <= height * width // 784 <= 16
+            if isinstance(item, Clip):
+                assert len(pixels) in (4, 6, 8)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_both_languages_and_both_orders_of_question_and_media(task: str) -> None:
+    samples = drawn(task, NUM_COUNTED)
+    languages = Counter(sample.language for sample in samples)
+    assert min(languages[language] for language in Language) > 0.4 * NUM_COUNTED
+    for sample in samples:
+        is_chinese = bool(re.search(r"[\u4e00-\u9fff]", looking.question(sample)))
+        assert is_chinese == (sample.language is Language.CHINESE) or task == "sums"
+    assert len({re.sub(r"\d+", "0", looking.question(sample)) for sample in samples}) >= 4
+    if samples[0].media:
+        first = sum(hasattr(sample.messages[0].parts[0], "text") for sample in samples)
+        assert 0.15 < first / NUM_COUNTED < 0.35
+
+
+@pytest.mark.parametrize("task", sorted(set(TASKS) - OPEN - {"lookup"}))
+@pytest.mark.parametrize("split", list(Split))
+def test_no_answer_is_rare_or_prevails(task: str, split: Split) -> None:
+    stream = Stream({task: 1}, seed=3, split=split)
+    samples = list(islice(stream.samples(), NUM_COUNTED))
+    for language in Language:
+        answers = Counter(s.answer.split()[0] for s in samples if s.language is language)
+        expected = answers.total() / len(answers)
+        assert len(answers) > 1
+        assert max(answers.values()) < 2 * expected
+        assert min(answers.values()) > 0.25 * expected
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_are_disjoint(task: str) -> None:
+    """Whatever the seeds."""
+    keys = {
+        split: {
+            sample.key
+            for seed in range(2)
+            for sample in islice(Stream({task: 1}, seed=seed, split=split).samples(), 200)
+        }
+        for split in Split
+    }
+    assert all(keys.values())
+    assert not keys[Split.TRAIN] & keys[Split.HELD_OUT]
+
+
+def test_no_held_out_scan_word_or_sum_is_seen_in_training() -> None:
+    """By what the samples show, not by their keys."""
+    for task, shown in (
+        ("digits", lambda s: looking.picture(s).tobytes()),
+        ("words", lambda s: s.answer),
+        ("copy", lambda s: s.answer),
+    ):
+        trained = {shown(s) for s in drawn(task, NUM_COUNTED)}
+        judged = {shown(s) for s in held_out(task, 100)}
+        assert len(judged) == 100
+        assert not trained & judged
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_held_out_samples_differ_and_are_enough(task: str) -> None:
+    samples = held_out(task, 150)
+    assert len({sample.key for sample in samples}) == len(samples) == 150
+    assert all(TASKS[task].split_of(sample.key) is Split.HELD_OUT for sample in samples)
+
+
+def test_a_task_gives_what_it_has() -> None:
+    held = held_out("digits", 1000)
+    images, _ = digits.scans()
+    assert 180 < len(held) < 270
+    assert {s.key for s in held} == {
+        (i,) for i in range(len(images)) if TASKS["digits"].split_of((i,)) is Split.HELD_OUT
+    }
+
+
+def test_a_sample_is_a_function_of_seed_split_and_index() -> None:
+    one, other = Stream(seed=5), Stream(seed=5)
+    late = [one.sample(i) for i in (40, 7)]
+    again = list(islice(other.samples(7), 34))
+    for sample, same in zip(late, (again[33], again[0]), strict=True):
+        assert (sample.key, sample.messages, sample.answer) == (
+            same.key,
+            same.messages,
+            same.answer,
+        )
+        for item, twin in zip(sample.media, same.media, strict=True):
+            if isinstance(item, Picture):
+                assert isinstance(twin, Picture)
+                np.testing.assert_array_equal(item.pixels, twin.pixels)
+    others = [Stream(seed=6), Stream(seed=5, split=Split.HELD_OUT)]
+    assert all([s.sample(i).key for i in range(9)] != [one.sample(i).key for i in range(9)] for s in others)
+
+
+def test_the_mix_is_kept() -> None:
+    assert set(MIX) == set(TASKS)
+    counts = Counter(s.task for s in islice(Stream({"sums": 3, "copy": 1}).samples(), 400))
+    assert counts.keys() == {"sums", "copy"}
+    assert 0.67 < counts["sums"] / 400 < 0.83
+
+
+@pytest.mark.parametrize("mix", [{}, {"chess": 1.0}, {"sums": 0.0}, {"sums": float("nan")}])
+def test_what_is_no_mix(mix: dict[str, float]) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Stream(mix)
+    assert caught.value.field == "mix"

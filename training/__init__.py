@@ -1,0 +1,1 @@
+"""The bundled model: its data, its trainer and its evaluation."""

@@ -1,0 +1,61 @@
+"""Endless samples by index: sample i is a function of the seed, the split and i alone.
+
+So a run that stopped goes on exactly where it was, knowing no more than the next index.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from random import Random
+
+from chiasm.errors import InvalidArgument
+from chiasm.training.data.sample import Key, Sample, Split
+from chiasm.training.data.tasks import MIX, TASKS
+
+_TRIES_PER_SAMPLE = 50
+
+
+class Stream:
+    """Samples of a mix of tasks, given as weights by name.
+
+    Raises InvalidArgument for a task that does not exist and for weights that are no mix.
+    """
+
+    def __init__(
+        self, mix: Mapping[str, float] = MIX, *, seed: int = 0, split: Split = Split.TRAIN
+    ) -> None:
+        for name, weight in mix.items():
+            if name not in TASKS:
+                raise InvalidArgument("mix", f"{name!r} is none of {', '.join(TASKS)}")
+            if not 0 < weight < float("inf"):
+                raise InvalidArgument("mix", f"the weight of {name} must be above 0, not {weight}")
+        if not mix:
+            raise InvalidArgument("mix", "is empty")
+        self._tasks = [TASKS[name] for name in mix]
+        self._bounds = list(itertools.accumulate(mix.values()))
+        self._seed, self._split = seed, split
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`, the same every time."""
+        rng = Random(f"{self._seed}/{self._split}/{index}")
+        (task,) = rng.choices(self._tasks, cum_weights=self._bounds)
+        return task.sample(rng, self._split)
+
+    def samples(self, start: int = 0) -> Iterator[Sample]:
+        """All samples from index `start` on, without end."""
+        return map(self.sample, itertools.count(start))
+
+
+def held_out(task: str, num_samples: int, *, seed: int = 0) -> list[Sample]:
+    """The first held-out samples of a task, no two about the same thing.
+
+    Fewer than `num_samples` where the task has no more: it has only so many scans and sums.
+    """
+    found: dict[Key, Sample] = {}
+    stream = Stream({task: 1.0}, seed=seed, split=Split.HELD_OUT)
+    for sample in itertools.islice(stream.samples(), num_samples * _TRIES_PER_SAMPLE):
+        found.setdefault(sample.key, sample)
+        if len(found) == num_samples:
+            break
+    return list(found.values())

@@ -1,0 +1,123 @@
+# ruff: noqa: RUF001 - Chinese has its own punctuation
+"""Tasks of text alone: small sums, looking up what was just said, saying a code again later.
+
+Held out are sums (two numbers and what is done with them), sets of facts, and codes.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings
+from chiasm.training.data.sample import Draft, Task
+
+_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
+_MAX_SENTENCES = 4
+
+_PLUS = Phrasings(
+    en=("What is {a}+{b}?", "{a}+{b}=", "Add {a} and {b}."),
+    zh=("{a}+{b}等于多少？", "{a}+{b}=", "请计算{a}加{b}。"),
+)
+_MINUS = Phrasings(
+    en=("What is {a}-{b}?", "{a}-{b}=", "Take {b} from {a}."),
+    zh=("{a}-{b}等于多少？", "{a}-{b}=", "请计算{a}减{b}。"),
+)
+
+PEOPLE = (
+    Bilingual("Tom", "小明"),
+    Bilingual("Amy", "小红"),
+    Bilingual("Ben", "小刚"),
+    Bilingual("Eva", "小丽"),
+    Bilingual("Max", "小华"),
+    Bilingual("Lily", "小兰"),
+)
+_HAS = Bilingual("{name} has {value} apples.", "{name}有{value}个苹果。")
+_LIKES = Bilingual("{name} likes {value}.", "{name}喜欢{value}。")
+_HOW_MANY = Phrasings(
+    en=("{facts} How many apples does {name} have?", "{facts} What number of apples has {name}?"),
+    zh=("{facts}{name}有几个苹果？", "{facts}请问{name}有多少个苹果？"),
+)
+_WHICH_COLOUR = Phrasings(
+    en=(
+        "{facts} Which colour does {name} like?",
+        "{facts} What colour does {name} like?",
+    ),
+    zh=("{facts}{name}喜欢什么颜色？", "{facts}请问{name}喜欢哪种颜色？"),
+)
+
+_FILLER = (
+    Bilingual("The sun is warm today.", "今天阳光很暖和。"),
+    Bilingual("A small dog runs in the park.", "一只小狗在公园里跑。"),
+    Bilingual("My sister reads a long book.", "我的妹妹在读一本长长的书。"),
+    Bilingual("The train leaves at noon.", "火车中午出发。"),
+    Bilingual("Rain falls on the old roof.", "雨落在旧屋顶上。"),
+    Bilingual("We drink tea after lunch.", "我们午饭后喝茶。"),
+    Bilingual("The cat sleeps near the window.", "猫在窗户旁边睡觉。"),
+    Bilingual("They walk to the river.", "他们走到河边。"),
+    Bilingual("Snow covers the high mountain.", "雪盖住了高山。"),
+    Bilingual("The baker opens early.", "面包店很早开门。"),
+)
+_CODE = Phrasings(
+    en=(
+        "The code is {code}. {filler}What is the code?",
+        "Remember {code}. {filler}Repeat it.",
+    ),
+    zh=("密码是{code}。{filler}密码是什么？", "请记住{code}。{filler}请重复一遍。"),
+)
+
+
+def _draft_sum(rng: Random) -> Draft:
+    a, b = rng.randrange(100), rng.randrange(10)
+    is_plus = a < b or rng.random() < 0.5
+    return Draft(
+        key=("+" if is_plus else "-", a, b),
+        phrasings=_PLUS if is_plus else _MINUS,
+        answer=Bilingual.same(a + b if is_plus else a - b),
+        fields={"a": Bilingual.same(a), "b": Bilingual.same(b)},
+    )
+
+
+def _draft_lookup(rng: Random) -> Draft:
+    """Three to five people, one of whom is asked for; all values differ."""
+    people = rng.sample(range(len(PEOPLE)), rng.randint(3, 5))
+    is_number = rng.random() < 0.5
+    values = (
+        [Bilingual.same(number) for number in rng.sample(range(10), len(people))]
+        if is_number
+        else [COLOUR_NAMES[colour] for colour in rng.sample(tuple(COLOURS), len(people))]
+    )
+    asked = rng.randrange(len(people))
+    form = _HAS if is_number else _LIKES
+    facts = [(PEOPLE[person], value) for person, value in zip(people, values, strict=True)]
+    told = Bilingual(
+        " ".join(form.en.format(name=name.en, value=value.en) for name, value in facts),
+        "".join(form.zh.format(name=name.zh, value=value.zh) for name, value in facts),
+    )
+    return Draft(
+        key=tuple((name.en, value.en) for name, value in facts),
+        phrasings=_HOW_MANY if is_number else _WHICH_COLOUR,
+        answer=values[asked],
+        fields={"facts": told, "name": PEOPLE[people[asked]]},
+    )
+
+
+def _draft_copy(rng: Random) -> Draft:
+    code = "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(3, 4)))
+    filler = rng.sample(_FILLER, rng.randint(0, _MAX_SENTENCES))
+    between = Bilingual(
+        "".join(f"{sentence.en} " for sentence in filler),
+        "".join(sentence.zh for sentence in filler),
+    )
+    return Draft(
+        key=(code,),
+        phrasings=_CODE,
+        answer=Bilingual.same(code),
+        fields={"code": Bilingual.same(code), "filler": between},
+    )
+
+
+TASKS = (
+    Task(name="sums", threshold=0.98, draft=_draft_sum),
+    Task(name="lookup", threshold=0.98, draft=_draft_lookup),
+    Task(name="copy", threshold=0.98, draft=_draft_copy),
+)

@@ -1,0 +1,159 @@
+"""The model under training: the modules that serve, with experts that learn.
+
+Language model, vision tower and resampler are the serving classes themselves, so what is trained is
+what is served; only the experts and the attention's bookkeeping differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from chiasm.model.config import ModelConfig
+from chiasm.model.moe import MoeBlock
+from chiasm.model.resampler import Resampler
+from chiasm.model.text import Batch, DecoderLayer, LanguageModel
+from chiasm.model.vision import VisionTower
+from chiasm.training.attention import CausalSegments
+from chiasm.training.data.packing import PackedBatch
+from chiasm.training.routing import RoutingRecord, TrainingExperts
+from chiasm.types import TOKEN_TEXT, Modality
+
+
+class Part(StrEnum):
+    """What a stage may train, as one."""
+
+    TEXT = "text"
+    """Embeddings, attention, norms, dense and shared experts, text gates and text experts."""
+    VISION_EXPERTS = "vision_experts"
+    ADAPTER = "adapter"
+    VIT = "vit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """What one pass over a batch gives.
+
+    hidden: [T, H], final and normed. records: of every gate that ran.
+    """
+
+    hidden: torch.Tensor
+    records: list[RoutingRecord]
+
+
+def part_of(name: str) -> Part:
+    """The part that a parameter of TrainingModel belongs to."""
+    if name.startswith("vision."):
+        return Part.VIT
+    if name.startswith("resampler."):
+        return Part.ADAPTER
+    is_vision_bank = name.startswith(f"experts.banks.{Modality.VISION}_")
+    return Part.VISION_EXPERTS if is_vision_bank or name.endswith("gate.weight_1") else Part.TEXT
+
+
+class TrainingModel(nn.Module):
+    """All parameters of a checkpoint, float32, in four modules.
+
+    With `shared_pool` there is no isolation of modalities: every token is routed by the text gate
+    over the text bank, and there are no vision experts. Such a model has as many experts in its one
+    bank as the others in two.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, shared_pool: bool = False, expert_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.config, self.shared_pool = config, shared_pool
+        self.language = LanguageModel(config.text)
+        self.vision = VisionTower(config.vision)
+        self.resampler = Resampler(config.vision, config.text)
+        modalities = [Modality.TEXT] if shared_pool else list(Modality)
+        self.experts = TrainingExperts(config.text, modalities, expert_dtype)
+        self.media_ids = torch.tensor(sorted({config.tokens.image, config.tokens.video}))
+
+    def moe_blocks(self) -> dict[int, MoeBlock]:
+        """The layers that have experts, by index."""
+        blocks = {}
+        for index, layer in enumerate(self.language.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            if isinstance(layer.mlp, MoeBlock):
+                blocks[index] = layer.mlp
+        return blocks
+
+    def gate(self, layer: int, modality: Modality) -> torch.Tensor:
+        """The gate of a bank, float32 [H, E]."""
+        return self.moe_blocks()[layer].gate.bank(modality)
+
+    def train_only(self, parts: frozenset[Part]) -> None:
+        """Freezes the other parts. Correction biases are nobody's: no gradient moves them."""
+        for name, parameter in self.named_parameters():
+            is_bias = name.endswith("e_score_correction_bias")
+            is_unused = self.shared_pool and name.endswith("gate.weight_1")
+            parameter.requires_grad_(part_of(name) in parts and not is_bias and not is_unused)
+            parameter.grad = None
+
+    def forward(self, batch: PackedBatch) -> Forward:
+        """Runs all segments of a batch, each for itself."""
+        x = self.language.embed(batch.token_ids)
+        if batch.grids:
+            media = self.resampler(self.vision(batch.pixels, batch.grids), batch.grids)
+            rows = torch.isin(batch.token_ids, self.media_ids).nonzero().squeeze(-1)
+            x = x.index_copy(0, rows, media)
+        hidden = self.language(
+            x,
+            Batch(
+                positions=batch.positions,
+                rows=self._rows(batch.token_types),
+                attention=CausalSegments(batch.lengths),
+                experts=self.experts,
+            ),
+        )
+        return Forward(hidden=hidden, records=self.experts.take_records())
+
+    def logits(self, batch: PackedBatch) -> torch.Tensor:
+        """float32 [T, V]."""
+        return self.language.logits(self(batch).hidden)
+
+    def token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, float32 [N], of the N labels that are not negative.
+
+        hidden: [T, H]. labels: int64 [T], the token that should follow each row.
+        """
+        rows = (labels >= 0).nonzero().squeeze(-1)
+        logits = self.language.logits(hidden.index_select(0, rows))
+        return F.cross_entropy(logits, labels[rows], reduction="none")
+
+    def _rows(self, token_types: torch.Tensor) -> dict[Modality, torch.Tensor]:
+        is_text = token_types == TOKEN_TEXT
+        if self.shared_pool:
+            is_text = torch.ones_like(is_text)
+        masks = {Modality.TEXT: is_text, Modality.VISION: ~is_text}
+        rows = {modality: mask.nonzero().squeeze(-1) for modality, mask in masks.items()}
+        return {modality: r for modality, r in rows.items() if len(r)}
+
+
+@torch.no_grad()
+def initialize(model: TrainingModel, seed: int) -> None:
+    """Draws all parameters from `seed`.
+
+    Matrices have the standard deviation 1 / sqrt(inputs), which for the published width of 2560 is
+    ERNIE's initializer_range, 0.02. Those that write to the residual stream are smaller by
+    sqrt(2 * layers) (GPT-2). Norms are one, biases zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = model.config.text.num_layers
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            is_gate = name.endswith(("gate.weight", "gate.weight_1"))
+            std = parameter.shape[0 if is_gate else -1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
+                std *= (2 * layers) ** -0.5
+            parameter.normal_(std=std, generator=generator)
