@@ -20,7 +20,7 @@ $(INSTALLED): $(SOURCES)
 	touch $@
 
 $(TEST_INSTALLED): $(INSTALLED) tests/requirements-nodeps.txt
-	$(PIP) install --quiet -c constraints-cpu.txt -e '.[test,bench]'
+	$(PIP) install --quiet -c constraints-cpu.txt -e '.[test,bench,train]'
 	$(PIP) install --quiet --no-deps -r tests/requirements-nodeps.txt
 	touch $@
 

@@ -35,7 +35,7 @@ class CausalSegments:
         attended = []
         for rows, _ in self._groups:
             q, k, v = (
-                x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+                x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
                 for x in (query, key, value)
             )  # [segments, heads, length, d]
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -6,6 +6,7 @@ what is served; only the experts and the attention's bookkeeping differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -14,14 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from chiasm.model.config import ModelConfig
+from chiasm.model.geometry import num_tokens
 from chiasm.model.moe import MoeBlock
 from chiasm.model.resampler import Resampler
 from chiasm.model.text import Batch, DecoderLayer, LanguageModel
 from chiasm.model.vision import VisionTower
 from chiasm.training.attention import CausalSegments
 from chiasm.training.data.packing import PackedBatch
+from chiasm.training.precision import narrow_linears
 from chiasm.training.routing import RoutingRecord, TrainingExperts
-from chiasm.types import TOKEN_TEXT, Modality
+from chiasm.types import TOKEN_TEXT, Grid, Modality
 
 
 class Part(StrEnum):
@@ -56,7 +59,7 @@ def part_of(name: str) -> Part:
 
 
 class TrainingModel(nn.Module):
-    """All parameters of a checkpoint, float32, in four modules.
+    """All parameters of a checkpoint, float32, in four modules. `dtype` is that of products.
 
     With `shared_pool` there is no isolation of modalities: every token is routed by the text gate
     over the text bank, and there are no vision experts. Such a model has as many experts in its one
@@ -64,7 +67,7 @@ class TrainingModel(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, shared_pool: bool = False, expert_dtype: torch.dtype
+        self, config: ModelConfig, *, shared_pool: bool = False, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.config, self.shared_pool = config, shared_pool
@@ -72,7 +75,10 @@ class TrainingModel(nn.Module):
         self.vision = VisionTower(config.vision)
         self.resampler = Resampler(config.vision, config.text)
         modalities = [Modality.TEXT] if shared_pool else list(Modality)
-        self.experts = TrainingExperts(config.text, modalities, expert_dtype)
+        self.experts = TrainingExperts(config.text, modalities, dtype)
+        if dtype is torch.bfloat16:
+            for module in (self.language, self.vision, self.resampler):
+                narrow_linears(module)
         self.media_ids = torch.tensor(sorted({config.tokens.image, config.tokens.video}))
 
     def moe_blocks(self) -> dict[int, MoeBlock]:
@@ -100,9 +106,8 @@ class TrainingModel(nn.Module):
         """Runs all segments of a batch, each for itself."""
         x = self.language.embed(batch.token_ids)
         if batch.grids:
-            media = self.resampler(self.vision(batch.pixels, batch.grids), batch.grids)
             rows = torch.isin(batch.token_ids, self.media_ids).nonzero().squeeze(-1)
-            x = x.index_copy(0, rows, media)
+            x = x.index_copy(0, rows, self._media(batch.pixels, batch.grids))
         hidden = self.language(
             x,
             Batch(
@@ -113,6 +118,20 @@ class TrainingModel(nn.Module):
             ),
         )
         return Forward(hidden=hidden, records=self.experts.take_records())
+
+    def _media(self, pixels: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Embeddings of all items in order, [tokens, H].
+
+        The tower attends once per run of frames of equal size, so items go through it by size.
+        """
+        order = sorted(range(len(grids)), key=lambda i: (grids[i].h * grids[i].w, i))
+        items = torch.split(pixels, [grid.num_patches for grid in grids])
+        by_size = [grids[i] for i in order]
+        features = self.vision(torch.cat([items[i] for i in order]), by_size)
+        merged = self.resampler(features, by_size)
+        sizes = [num_tokens(grid, self.config.vision) for grid in by_size]
+        parts = torch.split(merged, sizes)
+        return torch.cat([part for _, part in sorted(zip(order, parts, strict=True), key=_index)])
 
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         """float32 [T, V]."""
@@ -134,6 +153,10 @@ class TrainingModel(nn.Module):
         masks = {Modality.TEXT: is_text, Modality.VISION: ~is_text}
         rows = {modality: mask.nonzero().squeeze(-1) for modality, mask in masks.items()}
         return {modality: r for modality, r in rows.items() if len(r)}
+
+
+def _index(item: tuple[int, torch.Tensor]) -> int:
+    return item[0]
 
 
 @torch.no_grad()

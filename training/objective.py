@@ -40,7 +40,9 @@ class Objective:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of a pass, and the values of its terms by name."""
         losses = model.token_losses(passed.hidden, batch.labels)
-        main = token_balanced(losses, len(batch.labels)) if self.is_token_balanced else losses.mean()
+        main = (
+            token_balanced(losses, len(batch.labels)) if self.is_token_balanced else losses.mean()
+        )
         terms = {name: [torch.zeros(())] for name in ("load_balance", "z", "orthogonality")}
         for record in passed.records:
             gate = model.gate(record.layer, record.modality)
@@ -78,26 +80,22 @@ class Objective:
                 correct_(block.moe_statics.bank(record.modality), usage, self.bias_step)
 
 
-def loads(
-    records: list[RoutingRecord], token_types: torch.Tensor
-) -> dict[Modality, dict[int, torch.Tensor]]:
-    """Choices per expert, int64 [E], by modality of the tokens and by layer.
+def usage(
+    records: list[RoutingRecord], token_types: torch.Tensor, num_experts: int
+) -> dict[tuple[Modality, int], torch.Tensor]:
+    """Choices per expert, int64 [E], by the modality of the tokens and by layer.
 
-    In a shared pool both modalities' tokens stand in the same record.
+    In a shared pool both modalities' tokens stand in one record.
     """
-    is_text = token_types == TOKEN_TEXT
-    found: dict[Modality, dict[int, torch.Tensor]] = {modality: {} for modality in Modality}
+    masks = {Modality.TEXT: token_types == TOKEN_TEXT, Modality.VISION: token_types != TOKEN_TEXT}
+    found = {}
     for record in records:
-        num_experts = int(record.num_experts)
-        is_shared = len(record.expert_ids) == len(token_types)
-        for modality in Modality:
-            if is_shared:
-                ids = record.expert_ids[is_text if modality is Modality.TEXT else ~is_text]
-            elif modality is record.modality:
-                ids = record.expert_ids
-            else:
-                continue
+        if len(record.expert_ids) == len(token_types):  # all tokens: look which are whose
+            choices = {modality: record.expert_ids[mask] for modality, mask in masks.items()}
+        else:
+            choices = {record.modality: record.expert_ids}
+        for modality, ids in choices.items():
             if len(ids):
                 counts = torch.bincount(ids.flatten(), minlength=num_experts)
-                found[modality][record.layer] = counts
+                found[modality, record.layer] = counts
     return found

@@ -78,11 +78,28 @@ class Blocks:
         )
 
 
-class GroupedSwiGLU(torch.autograd.Function):
+def grouped_swiglu(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    blocks: Blocks,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """y_t = sum_k w_tk down_e(silu(gate_e(x_t)) * up_e(x_t)), e = expert k of token t.
 
-    Written by hand because the gradient of autograd's version would scatter every choice of every
-    token, where whole blocks can be moved.
+    hidden [T, H], weights float32 [T, K], gate_up [E, 2I, H], down [E, H, I] -> float32 [T, H].
+    dtype: of the products. Differentiable in the four tensors.
+    """
+    out: torch.Tensor = _GroupedSwiGLU.apply(  # type: ignore[no-untyped-call]  # not annotated
+        hidden, weights, gate_up, down, blocks, dtype
+    )
+    return out
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """Written by hand because the gradient of autograd's version would scatter every choice of
+    every token, where whole blocks can be moved.
     """
 
     @staticmethod
@@ -95,7 +112,6 @@ class GroupedSwiGLU(torch.autograd.Function):
         blocks: Blocks,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """hidden [T, H], weights float32 [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H]."""
         x = blocks.spread(hidden.to(dtype))
         block_gate_up = gate_up.to(dtype).index_select(0, blocks.owner)
         block_down = down.to(dtype).index_select(0, blocks.owner)
@@ -189,13 +205,9 @@ class TrainingExperts(nn.Module):
                 expert_ids=expert_ids,
             )
         )
-        values = GroupedSwiGLU.apply(
-            dispatch.hidden,
-            dispatch.expert_weights,
-            bank.gate_up,
-            bank.down,
-            Blocks.lay_out(expert_ids, len(bank.gate_up)),
-            self.dtype,
+        blocks = Blocks.lay_out(expert_ids, len(bank.gate_up))
+        values = grouped_swiglu(
+            dispatch.hidden, dispatch.expert_weights, bank.gate_up, bank.down, blocks, self.dtype
         )
         rows = torch.arange(len(expert_ids), dtype=torch.int32)
         return Computed(Partial(shard=0, rows=rows, values=values))

@@ -95,27 +95,22 @@ class Scheduler:
 
     def schedule(self, pools: frozenset[Modality]) -> Schedule:
         """The next step, given the pools that can answer now."""
-        admitted = tuple(self._admit())
-        chunks: list[Chunk] = []
-        parked: list[Sequence] = []
+        parked = [s for s in self.running if not self._can_run(s, s.num_computed, pools)]
+        stuck = list(parked)  # those of the batch that can make room for others
         preempted: list[Sequence] = []
+        admitted, passed_over = self._admit(pools, stuck, preempted)
+        chunks: list[Chunk] = []
         budget = self._max_step_tokens
-        for sequence in [s for s in self.running if s.num_pending == 1][:budget]:
-            chunk = Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=1)
-            if not chunk.modalities <= pools:
-                parked.append(sequence)
-            elif sequence not in preempted and self._grow(sequence, preempted):
-                chunks.append(chunk)
-        prefills: list[Sequence] = []
-        for sequence in [s for s in self.running if s.num_pending > 1]:
-            reach = min(len(sequence.token_ids), sequence.num_computed + budget)
-            can_run = sequence.modalities(sequence.num_computed, reach) <= pools
-            (prefills if can_run else parked).append(sequence)
+        able = [s for s in self.running if s not in parked]
+        for sequence in [s for s in able if s.num_pending == 1][:budget]:
+            if sequence not in preempted and self._grow(sequence, stuck, preempted):
+                chunks.append(Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=1))
+        prefills = [s for s in able if s.num_pending > 1 and s not in preempted]
         chunks.extend(_share(prefills, budget - len(chunks)))
         return Schedule(
             chunks=tuple(chunks),
-            parked=tuple(parked),
-            admitted=admitted,
+            parked=(*parked, *passed_over),
+            admitted=tuple(admitted),
             preempted=tuple(preempted),
         )
 
@@ -128,40 +123,78 @@ class Scheduler:
             self.blocks.seal(sequence.table.blocks[index], digests[index])
         sequence.num_sealed = max(sequence.num_sealed, num_full)
 
-    def _admit(self) -> Iterator[Sequence]:
-        """Moves waiting sequences to the batch, strictly in order, while their blocks are there."""
-        while self.waiting and len(self.running) < self._max_running:
-            sequence = self.waiting[0]
-            cached = self._known_prefix(sequence)
-            num_new = self._num_blocks(len(sequence.token_ids)) - len(cached)
-            # Whoever runs may need a block soon; giving it away now would preempt somebody then.
-            num_spare = len(self.running)
-            taken = num_new + self.blocks.num_idle_among(cached)
-            if taken + num_spare > self.blocks.num_available:
-                return
-            self.blocks.acquire(cached)
-            sequence.table.extend(cached)
-            sequence.table.extend(self.blocks.allocate(num_new, after=sequence.table.last))
-            sequence.num_computed = sequence.num_cached = len(cached) * self.blocks.block_size
-            sequence.num_sealed = len(cached)
-            self.waiting.pop(0)
-            bisect.insort(self.running, sequence, key=_rank)
-            yield sequence
+    def _can_run(self, sequence: Sequence, start: int, pools: frozenset[Modality]) -> bool:
+        """Whether the pools are there that a step from token `start` on may need."""
+        if len(pools) == len(Modality):
+            return True
+        reach = min(len(sequence.token_ids), start + self._max_step_tokens)
+        return sequence.modalities(start, reach) <= pools
 
-    def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """Makes room for one more token, preempting whoever came last; False if that is itself."""
+    def _admit(
+        self, pools: frozenset[Modality], stuck: list[Sequence], preempted: list[Sequence]
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Moves waiting sequences to the batch, strictly in order, while there is room for them.
+
+        Those whose pool is away are passed over, and those `stuck` in the batch give way: nobody
+        waits for a pool that he does not need. Returns who was admitted and who passed over.
+        """
+        admitted: list[Sequence] = []
+        passed_over: list[Sequence] = []
+        for sequence in tuple(self.waiting):
+            if len(self.running) >= self._max_running and not stuck:
+                break
+            cached = self._known_prefix(sequence)
+            if not self._can_run(sequence, len(cached) * self.blocks.block_size, pools):
+                passed_over.append(sequence)
+                continue
+            while stuck and not self._has_room(sequence, cached):
+                self._preempt(stuck.pop(), preempted)
+            if not self._has_room(sequence, cached):
+                break
+            self._begin(sequence, cached)
+            admitted.append(sequence)
+        return admitted, passed_over
+
+    def _has_room(self, sequence: Sequence, cached: list[int]) -> bool:
+        num_new = self._num_blocks(len(sequence.token_ids)) - len(cached)
+        # Whoever runs may need a block soon; giving it away now would preempt somebody then.
+        num_spare = len(self.running)
+        taken = num_new + self.blocks.num_idle_among(cached)
+        return (
+            len(self.running) < self._max_running and taken + num_spare <= self.blocks.num_available
+        )
+
+    def _begin(self, sequence: Sequence, cached: list[int]) -> None:
+        """Moves a waiting sequence to the batch, with the blocks of all its tokens."""
+        num_new = self._num_blocks(len(sequence.token_ids)) - len(cached)
+        self.blocks.acquire(cached)
+        sequence.table.extend(cached)
+        sequence.table.extend(self.blocks.allocate(num_new, after=sequence.table.last))
+        sequence.num_computed = sequence.num_cached = len(cached) * self.blocks.block_size
+        sequence.num_sealed = len(cached)
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=_rank)
+
+    def _grow(self, sequence: Sequence, stuck: list[Sequence], preempted: list[Sequence]) -> bool:
+        """Makes room for one more token, preempting who is stuck, then who came last; False if that
+        is itself."""
         table = sequence.table
         while len(table) * self.blocks.block_size <= sequence.num_computed:
             if self.blocks.num_available:
                 table.extend(self.blocks.allocate(1, after=table.last))
                 continue
-            victim = self.running.pop()
-            self._release(victim)
-            bisect.insort(self.waiting, victim, key=_rank)
-            preempted.append(victim)
+            victim = stuck.pop() if stuck else self.running[-1]
+            self._preempt(victim, preempted)
             if victim is sequence:
                 return False
         return True
+
+    def _preempt(self, victim: Sequence, preempted: list[Sequence]) -> None:
+        """Puts a sequence of the batch back to where it waits."""
+        self.running.remove(victim)
+        self._release(victim)
+        bisect.insort(self.waiting, victim, key=_rank)
+        preempted.append(victim)
 
     def _known_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the sequence's beginning; at least one token is left to compute."""

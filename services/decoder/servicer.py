@@ -33,6 +33,9 @@ from chiasm.telemetry import traces
 from chiasm.transport import interceptors
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, inference_pb2
 
+HANDOVER_TIMEOUT_S = 1.0
+"""How long a call waits for an earlier one with its id to end."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 log = structlog.get_logger()
 
@@ -43,7 +46,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
     def __init__(self, config: ModelConfig, embeddings: EmbeddingStore, grammars: Grammars) -> None:
         self.engine: Engine | None = None
         self._config, self._embeddings, self._grammars = config, embeddings, grammars
-        self._calls: dict[str, asyncio.Task[object] | None] = {}
+        self._calls: dict[str, asyncio.Task[object]] = {}
         self._aborted: set[str] = set()
         self._is_draining = False
         self._idle = asyncio.Event()
@@ -57,10 +60,9 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             raise errors.Unavailable(
                 "the decoder is draining", reason="DRAINING", retry_after_s=1.0
             )
-        if request.request_id in self._calls:
-            raise errors.AlreadyExists(f"request {request.request_id!r} is in flight")
         wire.check(request, self._config)
-        self._calls[request.request_id] = asyncio.current_task()
+        await self._vacant(request.request_id)
+        self._calls[request.request_id] = _current_task()
         self._idle.clear()
         try:
             with traces.span("decode", kind=traces.SERVER) as span:
@@ -107,6 +109,19 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         """Refuses new calls and returns when none is running."""
         self._is_draining = True
         await self._idle.wait()
+
+    async def _vacant(self, request_id: str) -> None:
+        """Returns when no other call has the id; waits for one that is just being given up.
+
+        A gateway that has lost its connection may be back before this side has noticed the loss.
+        Raises AlreadyExists when the other call stays.
+        """
+        end = time.monotonic() + HANDOVER_TIMEOUT_S
+        while other := self._calls.get(request_id):
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise errors.AlreadyExists(f"request {request_id!r} is in flight")
+            await asyncio.wait({other}, timeout=left_s)
 
     def _ready_engine(self) -> Engine:
         if self.engine is None:
@@ -179,6 +194,12 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             num_resumed=request.num_generated,
             trace_context=otel_context.get_current(),
         )
+
+
+def _current_task() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None  # every call has one
+    return task
 
 
 def _log(sequence: Sequence, reason: str, spent: inference_pb2.Timings) -> None:

@@ -1,4 +1,4 @@
-"""One stack, as `chiasm up` starts it, for all tests that only talk to it."""
+"""Stacks: one for all tests that only talk to it, and one a module for those that disturb it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from e2e.cli import up
-from e2e.cluster import defects
+from e2e.cluster import Cluster, defects
+from e2e.disturbed import Peace, running_cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Served:
     model: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two text servers, one vision server, float32; must end with 0 and without a defect."""
     logs = tmp_path_factory.mktemp("served")
@@ -31,3 +32,17 @@ def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         assert stack.process.stdout is not None
         assert stack.process.stdout.read() == ""
     assert defects(logs) == []
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[Cluster]:
+    """Two text servers, one vision server, to be disturbed; requests wait for a minute."""
+    logs = tmp_path_factory.mktemp("logs")
+    with running_cluster(tiny_checkpoint, logs, park_timeout_s=60, text_servers=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def peace(stack: Cluster) -> Peace:
+    """Answers to compare with."""
+    return Peace(stack.endpoint)

@@ -22,7 +22,8 @@ from chiasm.transport import tensors
 from chiasm.types import shard_experts
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("src/chiasm", "services", "orchestrator", "kernels")
+LINKED = [path.name for path in (ROOT / "src/chiasm").iterdir() if path.is_symlink()]
+SOURCES = ["src/chiasm", *LINKED]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
@@ -136,7 +137,7 @@ def anchors(text: str) -> set[str]:
 def test_files_and_tests_that_are_named_exist() -> None:
     """Paths in backticks, alone or as `path::test`."""
     pattern = re.compile(
-        r"`((?:src|services|kernels|orchestrator|protos|tests|docs|benchmarks)/[\w./-]+)"
+        r"`((?:src|services|kernels|orchestrator|training|protos|tests|docs|benchmarks)/[\w./-]+)"
         r"(?:::(\w+))?`"
     )
     for page in PAGES:

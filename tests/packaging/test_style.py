@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("benchmarks", "kernels", "orchestrator", "services", "src", "tests")
+LINKED = [path.name for path in (ROOT / "src/chiasm").iterdir() if path.is_symlink()]
+FOLDERS = ["benchmarks", "src", "tests", *LINKED]
 GENERATED = ROOT / "src/chiasm/v1"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

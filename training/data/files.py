@@ -10,8 +10,9 @@ from PIL import Image
 
 from chiasm.training.data.sample import Clip, Pixels
 
-_QUALITY = "12"
-"""x264's rate factor: better than what a phone records, but not lossless."""
+_X264 = {"crf": "12", "tune": "zerolatency"}
+"""Better than what a phone records, but not lossless; and without looking ahead, which now and then
+codes the same frames in another way."""
 
 
 def to_png(pixels: Pixels) -> bytes:
@@ -26,7 +27,7 @@ def to_mp4(clip: Clip) -> bytes:
     out = io.BytesIO()
     _, height, width, _ = clip.frames.shape
     with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=clip.fps, options={"crf": _QUALITY})
+        stream = container.add_stream("libx264", rate=clip.fps, options=_X264)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for pixels in clip.frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")

@@ -13,7 +13,9 @@ from chiasm.errors import InvalidArgument
 from chiasm.training.data.sample import Key, Sample, Split
 from chiasm.training.data.tasks import MIX, TASKS
 
-_TRIES_PER_SAMPLE = 50
+_PATIENCE = 10
+"""Known samples in a row, for each one found, after which a task is taken to have no more: by then
+one that is left would have been missed with probability e^-10."""
 
 
 class Stream:
@@ -54,8 +56,10 @@ def held_out(task: str, num_samples: int, *, seed: int = 0) -> list[Sample]:
     """
     found: dict[Key, Sample] = {}
     stream = Stream({task: 1.0}, seed=seed, split=Split.HELD_OUT)
-    for sample in itertools.islice(stream.samples(), num_samples * _TRIES_PER_SAMPLE):
+    num_known = 0
+    for sample in stream.samples():
+        num_known = num_known + 1 if sample.key in found else 0
         found.setdefault(sample.key, sample)
-        if len(found) == num_samples:
+        if len(found) == num_samples or num_known > _PATIENCE * len(found):
             break
     return list(found.values())

@@ -13,6 +13,7 @@ from chiasm.cli.eval import evaluate
 from chiasm.cli.generate import generate
 from chiasm.cli.status import status
 from chiasm.cli.synth import synth
+from chiasm.cli.train import train
 from chiasm.cli.up import up
 
 _SERVICES = {
@@ -52,7 +53,7 @@ def _add_service(name: str, module: str, help_text: str) -> None:
         import_module(f"{module}.__main__").main(context.args)
 
 
-for _command in (up, status, generate, chat, demo, synth):
+for _command in (up, status, generate, chat, demo, synth, train):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench)

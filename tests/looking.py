@@ -9,7 +9,7 @@ from scipy import ndimage
 from chiasm.training.data.names import COLOUR_NAMES, COLOURS
 from chiasm.training.data.sample import Picture, Pixels, Sample
 
-_FAR = 60
+_FAR = 80
 """Distance in RGB from the background at which a pixel belongs to a figure."""
 
 
@@ -24,8 +24,9 @@ def picture(sample: Sample, index: int = 0) -> Pixels:
 
 
 def ink(pixels: Pixels) -> NDArray[np.bool_]:
-    """[H, W]: where the picture differs from its most frequent brightness."""
-    background = np.median(pixels.reshape(-1, 3), axis=0)
+    """[H, W]: where the picture differs from its paper, which no named colour comes near."""
+    palest = pixels.min(axis=-1)
+    background = np.median(pixels[palest >= np.quantile(palest, 0.9)], axis=0)
     away = np.linalg.norm(pixels.astype(np.float64) - background, axis=-1) > _FAR
     return np.asarray(away)
 
@@ -58,9 +59,9 @@ def shape(mask: NDArray[np.bool_]) -> str:
     corner = max(2, height // 6), max(2, width // 6)
     top = box[: corner[0], : corner[1]].mean() + box[: corner[0], -corner[1] :].mean()
     bottom = box[-corner[0] :, : corner[1]].mean() + box[-corner[0] :, -corner[1] :].mean()
-    if fill > 0.9:
+    if fill > 0.86:
         return "square"
-    if fill > 0.7:
+    if fill > 0.6 and box[height // 5, width // 5]:
         return "circle"
     if bottom > 0.8 > top:
         return "triangle"

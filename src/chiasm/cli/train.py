@@ -1,0 +1,49 @@
+"""`chiasm train`: a small model by the model's own recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from chiasm.cli import failures
+from chiasm.errors import InvalidArgument
+
+
+def train(
+    preset: Annotated[str, typer.Option(help="What to train: bundled or smoke.")] = "bundled",
+    out: Annotated[Path, typer.Option(help="New folder for the run.")] = Path("run"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a run to go on with; its settings hold.")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Only this stage: language, longer or joint.")
+    ] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="Leave out: no-orthogonality, no-isolation or no-token-balance."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and samples.")] = 0,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many steps; --resume goes on.")
+    ] = None,
+) -> None:
+    """Trains on tasks made as it goes; writes a checkpoint that serves to OUT/model."""
+    from chiasm.training import run
+    from chiasm.training.progress import watching
+
+    with failures.reported():
+        if resume is not None and (stage or ablation):
+            raise InvalidArgument("resume", "a run goes on as it began: no --stage, no --ablation")
+        if resume is not None:
+            trainer, directory = run.resume(resume), resume
+        else:
+            config = run.RunConfig(preset=preset, ablation=ablation, stage=stage, seed=seed)
+            trainer, directory = run.start(out, config), out
+        with watching(
+            trainer.preset.num_steps, done=trainer.progress.step, tokens=trainer.progress.tokens
+        ) as watch:
+            model = run.train(trainer, directory, watch, max_steps=max_steps)
+    Console(highlight=False).print(f"wrote {model}")

@@ -1,0 +1,193 @@
+"""The loop: it learns, it resumes bit for bit, and what it leaves behind serves."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from train_models import new_model, random_batch, served_logits, short_preset
+from typer.testing import CliRunner
+
+from chiasm.cli import app
+from chiasm.errors import InvalidArgument, NotFound
+from chiasm.model.checkpoint import Checkpoint
+from chiasm.model.config import ModelConfig
+from chiasm.model.shapes import tensor_shapes
+from chiasm.training import checkpoint, presets
+from chiasm.training.data.packing import Batches, PackedBatch
+from chiasm.training.data.stream import Stream
+from chiasm.training.export import export
+from chiasm.training.loop import Source, StepReport, Trainer
+from chiasm.training.model import Part, part_of
+from chiasm.training.optimizer import Schedule
+from chiasm.training.presets import Preset, Stage
+from chiasm.types import Grid
+
+SEGMENTS = [(9, [Grid(1, 4, 6)]), (20, []), (14, [Grid(4, 2, 4)])]
+BFLOAT16_LOGITS = 0.1
+"""Of the trained graph and the exported checkpoint: weights were rounded once more."""
+
+
+def trainer(
+    directory: Path,
+    preset: Preset,
+    source: Source | None = None,
+    *,
+    resume: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Trainer:
+    model = new_model(directory / "description", preset, dtype=dtype)
+    source = source or tasks(directory / "description")
+    return Trainer(preset, model, source, directory, resume=resume)
+
+
+def tasks(description: Path) -> Source:
+    """The real stream, in this process."""
+
+    def of(stage: Stage, first: int) -> Iterator[PackedBatch]:
+        stream = Stream(stage.mix, seed=5)
+        batches = Batches(
+            stream=stream, checkpoint=description, max_tokens=stage.batch_tokens, start=first
+        )
+        return iter(batches)
+
+    return of
+
+
+def quiet(report: StepReport) -> None:
+    """Nobody watches."""
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All weights, averages and moments."""
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    tensors = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    assert trainer.average is not None
+    tensors |= {f"average {name}": value for name, value in trainer.average.weights.items()}
+    for parameter, moments in trainer.optimizer.state.items():
+        tensors |= {f"{key} {names[id(parameter)]}": value for key, value in moments.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("ablation", [None, "no-isolation"])
+def test_interrupted_and_not_give_the_same_bits(tmp_path: Path, ablation: str | None) -> None:
+    """Six steps over three stages, in one go and stopped in the middle of the second."""
+    preset = short_preset(2, 2, 2, ablation=ablation)
+    preset = replace(preset, optimizer=replace(preset.optimizer, average_every=2))
+    whole = trainer(tmp_path / "whole", preset)
+    whole.run(quiet)
+    first = trainer(tmp_path / "parts", preset)
+    first.run(quiet, max_steps=3)
+    newest = checkpoint.newest(tmp_path / "parts" / "checkpoints")
+    torch.manual_seed(99)  # whatever else happened in between
+    second = trainer(tmp_path / "parts", preset, resume=newest)
+    assert (second.progress.step, second.progress.stage) == (3, 1)
+    second.run(quiet)
+    assert second.progress == whole.progress
+    expected, found = state(whole), state(second)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_the_first_stages_leave_vision_alone(tmp_path: Path) -> None:
+    run = trainer(tmp_path, short_preset(2, 1, 1))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.run(quiet, max_steps=3)
+    for name, parameter in run.model.named_parameters():
+        if part_of(name) is not Part.TEXT:
+            assert torch.equal(parameter.detach(), before[name]), name
+    run.run(quiet)
+    moved = {
+        part_of(name)
+        for name, parameter in run.model.named_parameters()
+        if not torch.equal(parameter.detach(), before[name])
+    }
+    assert moved == set(Part)
+
+
+def test_detached_text_stands_still_in_batches_with_media(tmp_path: Path) -> None:
+    preset = short_preset(1, 1, 2)
+    stage = replace(preset.stages[2], detach_text=True)
+    objective = replace(preset.objective, orthogonality=0.0, bias_step=0.0)
+    preset = replace(preset, stages=(stage,), objective=objective)
+    run = trainer(tmp_path, preset)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.run(quiet)
+    for name, parameter in run.model.named_parameters():
+        if part_of(name) is Part.TEXT:
+            assert torch.equal(parameter.detach(), before[name]), name
+
+
+def test_smoke_learns_a_batch_and_serves_what_it_learnt(tmp_path: Path) -> None:
+    preset = short_preset(1, 1, 30)
+    preset = replace(preset, stages=preset.stages[2:])
+    losses: list[float] = []
+    run = trainer(tmp_path, preset)
+    batch = random_batch(run.model.config, SEGMENTS)
+    run = trainer(tmp_path, preset, lambda stage, first: iter(lambda: batch, None))
+    run.run(lambda report: losses.append(report.loss))
+    assert len(losses) == 30
+    assert sum(losses[-3:]) / 3 < 0.7 * losses[0]
+    with (tmp_path / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [int(row["step"]) for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert float(rows[-1]["loss"]) == pytest.approx(losses[-1], rel=1e-4)
+
+    own = {name: p.detach() for name, p in run.model.named_parameters()}
+    export(run.model, own, tmp_path / "description", tmp_path / "model", shard_bytes=1 << 20)
+    config = ModelConfig.load(tmp_path / "model")
+    with Checkpoint(tmp_path / "model", config) as stored:
+        assert all(stored.has(name) for name in tensor_shapes(config))
+    with torch.no_grad():
+        logits = run.model.logits(batch)
+    served = served_logits(tmp_path / "model", batch)
+    assert (served - logits).abs().mean() < BFLOAT16_LOGITS
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    preset = short_preset(1, 1, 1)
+    saved = trainer(tmp_path / "one", preset).save()
+    wider = replace(preset, dimensions=replace(preset.dimensions, intermediate_size=72))
+    with pytest.raises(InvalidArgument, match="another model"):
+        trainer(tmp_path / "other", wider, resume=saved)
+
+
+def test_only_complete_and_new_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, replace(short_preset(2, 1, 1), checkpoint_every=1))
+    with pytest.raises(NotFound):
+        checkpoint.newest(tmp_path / "checkpoints")
+    run.run(quiet)
+    (tmp_path / "checkpoints" / "step-00000099.partial").mkdir()
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*") if not p.suffix)
+    assert kept == ["step-00000003", "step-00000004"]
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000004"
+
+
+def test_schedule() -> None:
+    schedule = Schedule(steps=100, warmup=10, peak=1.0, floor=0.1)
+    rates = [schedule.learning_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(one >= other for one, other in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("name", list(presets.ABLATIONS))
+def test_ablations_change_one_thing(name: str) -> None:
+    plain, changed = presets.find("bundled"), presets.find("bundled", name)
+    assert plain != changed
+    assert plain.stages == changed.stages
+
+
+def test_the_command_refuses_what_does_not_exist(tmp_path: Path) -> None:
+    for arguments in (["--preset", "huge"], ["--ablation", "no-data"], ["--stage", "last"]):
+        result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), *arguments])
+        assert result.exit_code == 2
+        assert arguments[0].removeprefix("--") in result.stderr
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,114 @@
+"""What is trained is what is served: the training graph and the exported checkpoint agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from train_models import new_model, random_batch, served_logits, short_preset
+
+from chiasm.training.export import export
+from chiasm.training.model import Part, TrainingModel, part_of
+from chiasm.training.objective import Objective, usage
+from chiasm.types import Grid, Modality
+
+TOLERANCE = 1e-5
+Segments = list[tuple[int, list[Grid]]]
+MIXED: Segments = [
+    (9, [Grid(1, 4, 6)]),
+    (5, []),
+    (14, [Grid(4, 2, 4), Grid(1, 2, 2)]),
+    (1, []),
+    (33, [Grid(1, 4, 6)]),
+]
+TEXT: Segments = [(12, []), (31, []), (3, [])]
+
+
+def exported(model: TrainingModel, directory: Path) -> Path:
+    weights = dict(model.named_parameters())
+    export(model, weights, directory / "description", directory / "model", shard_bytes=1 << 18)
+    return directory / "model"
+
+
+@pytest.mark.parametrize("ablation", [None, "no-isolation"])
+@pytest.mark.parametrize(("segments", "seed"), [(MIXED, 0), (MIXED, 1), (TEXT, 2)])
+def test_logits_are_those_of_the_serving_path(
+    tmp_path: Path, ablation: str | None, segments: Segments, seed: int
+) -> None:
+    preset = short_preset(1, 1, 1, ablation=ablation)
+    model = new_model(tmp_path / "description", preset, seed=seed)
+    batch = random_batch(model.config, segments, seed)
+    with torch.no_grad():
+        logits = model.logits(batch)
+    served = served_logits(exported(model, tmp_path), batch)
+    assert logits.std() > 0.1
+    assert (logits - served).abs().max() < TOLERANCE
+
+
+def test_parts_cover_the_model_and_a_stage_trains_its_own(tmp_path: Path) -> None:
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    names = [name for name, _ in model.named_parameters()]
+    assert {part_of(name) for name in names} == set(Part)
+    for parts in (frozenset({Part.TEXT}), frozenset(Part), frozenset({Part.VIT, Part.ADAPTER})):
+        model.train_only(parts)
+        learning = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {part_of(name) for name in learning} == parts
+        assert not any(name.endswith("e_score_correction_bias") for name in learning)
+
+
+def test_every_part_gets_gradients_from_a_mixed_batch(tmp_path: Path) -> None:
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model.train_only(frozenset(Part))
+    batch = random_batch(model.config, MIXED)
+    passed = model(batch)
+    loss, values = Objective(orthogonality_by="loss").loss(model, batch, passed)
+    loss.backward()  # type: ignore[no-untyped-call]  # no annotations in torch
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # What the last layer's experts make of media tokens, nobody reads: only text has labels.
+    unread = f"experts.banks.{Modality.VISION}_{model.config.text.moe_layers[-1]}."
+    assert any(name.startswith(unread) for name in still)
+    assert all(n.endswith("e_score_correction_bias") or n.startswith(unread) for n in still)
+    losses = model.token_losses(passed.hidden, batch.labels)
+    assert values["loss"] == pytest.approx(float(losses.mean().detach()), rel=1e-5)
+
+
+def test_vision_does_not_reach_the_text_bank(tmp_path: Path) -> None:
+    """Modality isolation: each bank sees its own modality's tokens, and only those."""
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    batch = random_batch(model.config, MIXED)
+    counts = usage(model(batch).records, batch.token_types, model.config.text.num_experts)
+    top_k, num_vision = model.config.text.moe_k, int((batch.token_types > 0).sum())
+    num_tokens = {Modality.VISION: num_vision, Modality.TEXT: batch.num_tokens - num_vision}
+    assert {modality for modality, _ in counts} == set(Modality)
+    for (modality, _), chosen in counts.items():
+        assert int(chosen.sum()) == top_k * num_tokens[modality]
+
+
+def test_a_shared_pool_has_one_gate_and_counts_both_modalities(tmp_path: Path) -> None:
+    preset = short_preset(1, 1, 1, ablation="no-isolation")
+    model = new_model(tmp_path / "description", preset)
+    batch = random_batch(model.config, MIXED)
+    records = model(batch).records
+    assert {record.modality for record in records} == {Modality.TEXT}
+    counts = usage(records, batch.token_types, model.config.text.num_experts)
+    assert {modality for modality, _ in counts} == set(Modality)
+    isolated = short_preset(1, 1, 1).dimensions
+    assert model.config.text.num_experts == 2 * isolated.num_experts
+
+
+def test_after_step_moves_gates_apart_and_biases_towards_balance(tmp_path: Path) -> None:
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model.train_only(frozenset({Part.TEXT}))
+    batch = random_batch(model.config, MIXED)
+    passed = model(batch)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Objective(orthogonality=1.0, orthogonality_by="step", bias_step=0.01).after_step(
+        model, passed.records, learning_rate=1.0
+    )
+    for name, parameter in model.named_parameters():
+        changed = (parameter.detach() != before[name]).any(-1)
+        if name.endswith("e_score_correction_bias"):
+            assert changed.tolist() == [True, False]  # the frozen vision row stands still
+        else:
+            assert bool(changed.any()) == name.endswith("gate.weight"), name

@@ -1,0 +1,182 @@
+"""What `chiasm train` can train: dimensions, stages and recipe, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from chiasm.errors import InvalidArgument
+from chiasm.model.writer import Dimensions
+from chiasm.training.data.tasks import MIX
+from chiasm.training.model import Part
+from chiasm.training.objective import Objective
+from chiasm.training.optimizer import OptimizerConfig, Schedule
+
+_T = TypeVar("_T")
+
+_TEXT_ONLY = frozenset({Part.TEXT})
+_EVERYTHING = frozenset(Part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One stage: what is trained, on what, for how long."""
+
+    name: str
+    trains: frozenset[Part]
+    mix: Mapping[str, float]
+    """Weights of tasks."""
+    batch_tokens: int
+    schedule: Schedule
+    detach_text: bool = False
+    """In batches with media, text parameters get no gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A whole run."""
+
+    dimensions: Dimensions
+    stages: tuple[Stage, ...]
+    objective: Objective = field(default_factory=Objective)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    shared_pool: bool = False
+    """No isolation of modalities: one gate over one pool."""
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.schedule.steps for stage in self.stages)
+
+
+_BUNDLED = Preset(
+    dimensions=Dimensions(
+        num_bpe_tokens=0,  # the data's tokenizer decides
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=2,
+        mrope_section=(6, 6, 4),
+        max_position_embeddings=4096,
+        moe_k=6,
+        num_experts=64,
+        text_intermediate=48,
+        vision_intermediate=16,
+        num_shared_experts=2,
+        vision_depth=3,
+        vision_hidden_size=128,
+        vision_num_heads=4,
+        vision_mlp_ratio=4,
+        max_pixels=28 * 28 * 16,
+        shard_bytes=64 << 20,
+    ),
+    stages=(
+        Stage(
+            name="language",
+            trains=_TEXT_ONLY,
+            mix={"sums": 3, "copy": 1},
+            batch_tokens=4096,
+            schedule=Schedule(steps=600, warmup=60, peak=2e-3, floor=1e-3),
+        ),
+        Stage(
+            name="longer",
+            trains=_TEXT_ONLY,
+            mix={"sums": 2, "lookup": 3, "copy": 2},
+            batch_tokens=4096,
+            schedule=Schedule(steps=600, warmup=30, peak=1e-3, floor=5e-4),
+        ),
+        Stage(
+            name="joint",
+            trains=_EVERYTHING,
+            mix=MIX,
+            batch_tokens=4096,
+            schedule=Schedule(steps=9000, warmup=200, peak=2e-3, floor=2e-5),
+        ),
+    ),
+    # Few of a batch's tokens have labels, about one in fourteen, and the token-balanced gradient is
+    # as much smaller: terms that come from all tokens are scaled down with it.
+    objective=Objective(load_balance=1e-3, z=1e-5, orthogonality_by="step"),
+)
+
+_SMOKE = Preset(
+    dimensions=replace(
+        _BUNDLED.dimensions,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=1,
+        mrope_section=(3, 3, 2),
+        moe_k=2,
+        num_experts=8,
+        text_intermediate=24,
+        vision_intermediate=8,
+        vision_depth=2,
+        vision_hidden_size=32,
+        vision_num_heads=2,
+    ),
+    stages=tuple(
+        replace(
+            stage,
+            batch_tokens=512,
+            schedule=Schedule(steps=steps, warmup=4, peak=5e-3, floor=1e-3),
+        )
+        for stage, steps in zip(_BUNDLED.stages, (10, 10, 30), strict=True)
+    ),
+    checkpoint_every=25,
+    log_every=5,
+)
+
+PRESETS: Mapping[str, Preset] = {"bundled": _BUNDLED, "smoke": _SMOKE}
+
+
+def _without_orthogonality(preset: Preset) -> Preset:
+    return replace(preset, objective=replace(preset.objective, orthogonality=0.0))
+
+
+def _without_balance(preset: Preset) -> Preset:
+    return replace(preset, objective=replace(preset.objective, is_token_balanced=False))
+
+
+def _with_shared_pool(preset: Preset) -> Preset:
+    """One bank of both banks' experts, all of the mean width; the shared experts stay as wide."""
+    old = preset.dimensions
+    width = (old.text_intermediate + old.vision_intermediate) // 2
+    dimensions = replace(
+        old,
+        num_experts=2 * old.num_experts,
+        text_intermediate=width,
+        vision_intermediate=width,
+        num_shared_experts=old.num_shared_experts * old.text_intermediate // width,
+    )
+    return replace(preset, dimensions=dimensions, shared_pool=True)
+
+
+ABLATIONS = {
+    "no-orthogonality": _without_orthogonality,
+    "no-isolation": _with_shared_pool,
+    "no-token-balance": _without_balance,
+}
+
+
+def find(name: str, ablation: str | None = None, stage: str | None = None) -> Preset:
+    """A preset by name, changed by an ablation, cut down to one stage.
+
+    Raises InvalidArgument that lists what there is.
+    """
+    preset = _among("preset", name, PRESETS)
+    if ablation is not None:
+        preset = _among("ablation", ablation, ABLATIONS)(preset)
+    if stage is not None:
+        chosen = _among("stage", stage, {each.name: each for each in preset.stages})
+        preset = replace(preset, stages=(chosen,))
+    return preset
+
+
+def _among(field: str, name: str, choices: Mapping[str, _T]) -> _T:
+    if name not in choices:
+        raise InvalidArgument(field, f"{name!r} is none of {', '.join(choices)}")
+    return choices[name]

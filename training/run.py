@@ -1,0 +1,106 @@
+"""A whole run, from a preset's name to a checkpoint that serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from chiasm.errors import InvalidArgument
+from chiasm.model.config import ModelConfig
+from chiasm.training import checkpoint, presets
+from chiasm.training.data import tokenizer
+from chiasm.training.data.packing import Batches, PackedBatch
+from chiasm.training.data.stream import Stream
+from chiasm.training.export import describe, export
+from chiasm.training.loop import Source, Trainer, Watcher
+from chiasm.training.metrics import plot
+from chiasm.training.model import TrainingModel, initialize
+from chiasm.training.presets import Preset, Stage
+
+_RUN = "run.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """What decides a run's result; kept beside its checkpoints."""
+
+    preset: str = "bundled"
+    ablation: str | None = None
+    stage: str | None = None
+    """Only this stage."""
+    seed: int = 0
+
+    def find(self) -> Preset:
+        return presets.find(self.preset, self.ablation, self.stage)
+
+
+def start(directory: Path, config: RunConfig) -> Trainer:
+    """A new run in `directory`. Raises InvalidArgument where there is one already."""
+    preset = config.find()
+    if directory.exists() and any(directory.iterdir()):
+        raise InvalidArgument("out", f"{directory} is not empty; --resume goes on with a run")
+    description = describe(
+        directory / "description", preset.dimensions, tokenizer.train(), dtype="bfloat16"
+    )
+    model = _model(preset, description)
+    initialize(model, config.seed)
+    (directory / _RUN).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    return Trainer(preset, model, _source(directory, config.seed), directory)
+
+
+def resume(directory: Path) -> Trainer:
+    """Goes on from the newest checkpoint of the run in `directory`.
+
+    Raises NotFound without a checkpoint, InvalidArgument where it is not one of this run.
+    """
+    newest = checkpoint.newest(directory / "checkpoints")
+    try:
+        config = RunConfig(**json.loads((directory / _RUN).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidArgument("resume", f"{directory / _RUN}: {error}") from None
+    preset = config.find()
+    model = _model(preset, ModelConfig.load(directory / "description"))
+    source = _source(directory, config.seed)
+    return Trainer(preset, model, source, directory, resume=newest)
+
+
+def train(
+    trainer: Trainer, directory: Path, watch: Watcher, *, max_steps: int | None = None
+) -> Path:
+    """Runs to the end, or `max_steps` more; writes the serving checkpoint `directory`/model, and
+    plots where matplotlib is installed. Returns the checkpoint's path."""
+    trainer.run(watch, max_steps=max_steps)
+    out = directory / "model"
+    export(
+        trainer.model,
+        trainer.weights,
+        directory / "description",
+        out,
+        shard_bytes=trainer.preset.dimensions.shard_bytes,
+    )
+    if find_spec("matplotlib") is not None:
+        plot(directory)
+    return out
+
+
+def _model(preset: Preset, config: ModelConfig) -> TrainingModel:
+    return TrainingModel(config, shared_pool=preset.shared_pool, dtype=torch.bfloat16)
+
+
+def _source(directory: Path, seed: int) -> Source:
+    """Batches of the tasks, made by a process of their own, for the run's seed."""
+
+    def batches(stage: Stage, first_sample: int) -> Iterator[PackedBatch]:
+        return Batches(
+            stream=Stream(stage.mix, seed=seed),
+            checkpoint=directory / "description",
+            max_tokens=stage.batch_tokens,
+            start=first_sample,
+        ).in_background()
+
+    return batches
