@@ -20,6 +20,7 @@ from chiasm.model.vision import VisionTower
 from chiasm.training.data import tokenizer
 from chiasm.training.data.packing import NO_LABEL, PackedBatch
 from chiasm.training.export import describe
+from chiasm.training.gradients import one_core_each
 from chiasm.training.model import TrainingModel, initialize
 from chiasm.training.presets import Preset, Stage, find
 from chiasm.types import Grid, Modality
@@ -33,7 +34,7 @@ def short_preset(*steps: int, ablation: str | None = None) -> Preset:
 
 
 def _shortened(stage: Stage, steps: int) -> Stage:
-    return replace(stage, batch_tokens=256, schedule=replace(stage.schedule, steps=steps))
+    return replace(stage, batch_tokens=160, schedule=replace(stage.schedule, steps=steps))
 
 
 def new_model(
@@ -150,6 +151,17 @@ def served_logits(
             for shard in range(num_shards):
                 bank.load(checkpoint, shard)
             banks[modality] = bank
+    with one_core_each(1):  # the products are too small to share
+        return _logits(language, vision, resampler, ServedExperts(banks), batch)
+
+
+def _logits(
+    language: LanguageModel,
+    vision: VisionTower,
+    resampler: Resampler,
+    experts: ServedExperts,
+    batch: PackedBatch,
+) -> torch.Tensor:
     x = language.embed(batch.token_ids)
     if batch.grids:
         x[batch.token_types > 0] = resampler(vision(batch.pixels, batch.grids), batch.grids)
@@ -163,7 +175,7 @@ def served_logits(
             positions=batch.positions[:, own],
             rows={modality: r for modality, r in rows.items() if len(r)},
             attention=DenseCausal(),
-            experts=ServedExperts(banks),
+            experts=experts,
         )
         found.append(language.logits(language(x[own], inputs)))
         start += length

@@ -6,8 +6,10 @@ in one go or with interruptions.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,12 @@ import torch
 from chiasm.training import checkpoint
 from chiasm.training.checkpoint import Progress
 from chiasm.training.data.packing import PackedBatch
-from chiasm.training.metrics import Records, Usage
-from chiasm.training.model import Forward, Part, TrainingModel, part_of
-from chiasm.training.objective import usage
+from chiasm.training.gradients import accumulate, one_core_each
+from chiasm.training.metrics import Records
+from chiasm.training.model import TrainingModel
 from chiasm.training.optimizer import WeightAverage, build, set_learning_rate
 from chiasm.training.presets import Preset, Stage
+from chiasm.training.routing import Usage, add_usage
 
 Source = Callable[[Stage, int], Iterator[PackedBatch]]
 """Batches of a stage's stream, from the sample of this index on."""
@@ -76,9 +79,13 @@ class Trainer:
         """Trains to the end of the last stage, or `max_steps` more; saves where it ends."""
         last = None if max_steps is None else self.progress.step + max_steps
         self.model.train()
-        with Records(self._directory, resumed_at=self.progress.step) as records:
+        with (
+            Records(self._directory, resumed_at=self.progress.step) as records,
+            one_core_each(self.preset.micro_batches) as pool,
+        ):
             while self.progress.stage < len(self.preset.stages) and self.progress.step != last:
-                self._stage(self.preset.stages[self.progress.stage], watch, records, last)
+                stage = self.preset.stages[self.progress.stage]
+                self._stage(stage, watch, records, pool, last)
         self.save()
 
     def save(self) -> Path:
@@ -87,18 +94,25 @@ class Trainer:
             self._checkpoints, self.progress, self.model, self.optimizer, self.average
         )
 
-    def _stage(self, stage: Stage, watch: Watcher, records: Records, last: int | None) -> None:
+    def _stage(
+        self,
+        stage: Stage,
+        watch: Watcher,
+        records: Records,
+        pool: ThreadPoolExecutor,
+        last: int | None,
+    ) -> None:
         progress = self.progress
         self.model.train_only(stage.trains)
         batches = self._source(stage, progress.next_sample)
         while progress.stage_step < stage.schedule.steps and progress.step != last:
-            batch = next(batches)
+            parts = list(itertools.islice(batches, self.preset.micro_batches))
             rate = stage.schedule.learning_rate(progress.stage_step)
-            values = self._step(batch, stage, rate)
+            values = self._step(parts, stage, rate, pool)
             progress.stage_step += 1
             progress.step += 1
-            progress.next_sample += batch.num_examples
-            progress.tokens += batch.num_tokens
+            progress.next_sample += sum(part.num_examples for part in parts)
+            progress.tokens += sum(part.num_tokens for part in parts)
             watch(
                 StepReport(
                     step=progress.step,
@@ -115,34 +129,20 @@ class Trainer:
         if progress.stage_step == stage.schedule.steps:
             progress.stage, progress.stage_step, progress.next_sample = progress.stage + 1, 0, 0
 
-    def _step(self, batch: PackedBatch, stage: Stage, rate: float) -> dict[str, float]:
+    def _step(
+        self, parts: Sequence[PackedBatch], stage: Stage, rate: float, pool: ThreadPoolExecutor
+    ) -> dict[str, float]:
         """One update; returns the values of the loss's terms and the gradient's norm."""
         objective, config = self.preset.objective, self.preset.optimizer
-        passed = self.model(batch)
-        loss, values = objective.loss(self.model, batch, passed)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # no annotations in torch
-        if stage.detach_text and batch.grids:
-            self._detach_text()
+        result = accumulate(self.model, objective, parts, pool, detach_text=stage.detach_text)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        objective.after_step(self.model, passed.records, rate)
+        objective.after_step(self.model, result.by_gate, rate)
         if self.average is not None and (self.progress.step + 1) % config.average_every == 0:
             self.average.update(self.model)
-        self._count(passed, batch)
-        return {**values, "grad_norm": float(norm)}
-
-    def _detach_text(self) -> None:
-        """ERNIE's modality detach: with media in the batch, text parameters stand still."""
-        for name, parameter in self.model.named_parameters():
-            if part_of(name) is Part.TEXT:
-                parameter.grad = None
-
-    def _count(self, passed: Forward, batch: PackedBatch) -> None:
-        found = usage(passed.records, batch.token_types, self.model.config.text.num_experts)
-        for key, counts in found.items():
-            self._usage[key] = self._usage[key] + counts if key in self._usage else counts
+        add_usage(self._usage, result.by_modality)
+        return {**result.values, "grad_norm": float(norm)}
 
     def _log(self, records: Records, stage: Stage, rate: float, values: dict[str, float]) -> None:
         now, tokens = time.monotonic(), self.progress.tokens

@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 
 
-def token_balanced(losses: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Reports the mean, but has the gradient of sum(losses) / num_tokens.
+def token_balanced(losses: torch.Tensor, num_tokens: int, num_labels: int) -> torch.Tensor:
+    """Reports the mean over labelled tokens, but has the gradient of sum(losses) / num_tokens.
 
-    L = L_tb - sg(L_tb) + sg(L_mean), L_tb = sum(CE of unmasked tokens) / N, with N the tokens of a
-    batch whether masked or not, L_mean the mean over unmasked ones, sg = stop gradient. A mean
-    would weigh a text token the more, the more of its batch is masked: in image-heavy batches.
-    Source: `ErniePretrainingCriterion` with token_balance_loss.
+    L = L_tb - sg(L_tb) + sg(L_mean), L_tb = sum(CE) / num_tokens, L_mean = sum(CE) / num_labels,
+    sg = stop gradient; num_tokens counts all tokens of a step, masked or not, num_labels the
+    labelled ones. A mean alone would weigh a text token the more, the more of its step is masked:
+    in image-heavy steps. Source: `ErniePretrainingCriterion` with token_balance_loss.
 
-    losses: float32 [N_unmasked], cross-entropy per token.
+    losses: float32 [N], cross-entropy of the labelled tokens of a micro-batch; the results of a
+    step's micro-batches add up.
     """
     balanced = losses.sum() / num_tokens
-    return balanced - balanced.detach() + losses.mean().detach()
+    return balanced - balanced.detach() + losses.detach().sum() / num_labels
 
 
 def orthogonality(weight: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from chiasm.training.routing import Usage
 from chiasm.types import Modality
 
 METRICS, LOADS = "metrics.csv", "load.csv"
@@ -29,9 +30,6 @@ COLUMNS = (
     "tokens_per_s",
 )
 """Losses are means over gates; an imbalance is the busiest expert's load over the mean one."""
-
-Usage = dict[tuple[Modality, int], torch.Tensor]
-"""Choices per expert, by modality and layer."""
 
 
 class Records:

@@ -23,7 +23,7 @@ from chiasm.model.vision import VisionTower
 from chiasm.training.attention import CausalSegments
 from chiasm.training.data.packing import PackedBatch
 from chiasm.training.precision import narrow_linears
-from chiasm.training.routing import RoutingRecord, TrainingExperts
+from chiasm.training.routing import Recording, RoutingRecord, TrainingExperts
 from chiasm.types import TOKEN_TEXT, Grid, Modality
 
 
@@ -108,16 +108,17 @@ class TrainingModel(nn.Module):
         if batch.grids:
             rows = torch.isin(batch.token_ids, self.media_ids).nonzero().squeeze(-1)
             x = x.index_copy(0, rows, self._media(batch.pixels, batch.grids))
+        experts = Recording(self.experts)
         hidden = self.language(
             x,
             Batch(
                 positions=batch.positions,
                 rows=self._rows(batch.token_types),
                 attention=CausalSegments(batch.lengths),
-                experts=self.experts,
+                experts=experts,
             ),
         )
-        return Forward(hidden=hidden, records=self.experts.take_records())
+        return Forward(hidden=hidden, records=experts.records)
 
     def _media(self, pixels: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Embeddings of all items in order, [tokens, H].

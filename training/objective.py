@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +18,24 @@ from chiasm.training.losses import (
     token_balanced,
 )
 from chiasm.training.model import Forward, TrainingModel
-from chiasm.training.routing import RoutingRecord
-from chiasm.types import TOKEN_TEXT, Modality
+from chiasm.training.routing import RoutingRecord, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """A step's micro-batches together: how many, their tokens and those that have labels."""
+
+    num_parts: int
+    num_tokens: int
+    num_labels: int
+
+    @classmethod
+    def of(cls, parts: Sequence[PackedBatch]) -> Whole:
+        return cls(
+            num_parts=len(parts),
+            num_tokens=sum(part.num_tokens for part in parts),
+            num_labels=sum(int((part.labels >= 0).sum()) for part in parts),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,66 +53,58 @@ class Objective:
     """How far the correction bias moves at each step."""
 
     def loss(
-        self, model: TrainingModel, batch: PackedBatch, passed: Forward
+        self, model: TrainingModel, batch: PackedBatch, passed: Forward, whole: Whole
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of a pass, and the values of its terms by name."""
+        """A micro-batch's part in the loss of the `whole` step, and of the terms by name.
+
+        Parts add up: to the cross-entropy of all labelled tokens of the step, and to the mean of
+        the gates' losses over its micro-batches.
+        """
         losses = model.token_losses(passed.hidden, batch.labels)
-        main = (
-            token_balanced(losses, len(batch.labels)) if self.is_token_balanced else losses.mean()
-        )
-        terms = {name: [torch.zeros(())] for name in ("load_balance", "z", "orthogonality")}
-        for record in passed.records:
+        terms = self._gate_terms(model, passed.records)
+        divisor = whole.num_tokens if self.is_token_balanced else whole.num_labels
+        main = token_balanced(losses, divisor, whole.num_labels)
+        gates = self.load_balance * terms["load_balance"] + self.z * terms["z"]
+        if self.orthogonality_by == "loss":
+            gates = gates + self.orthogonality * terms["orthogonality"]
+        scale = len(passed.records) * whole.num_parts
+        values = {name: float(value.detach()) / scale for name, value in terms.items()}
+        return main + gates / whole.num_parts, {"loss": float(main.detach()), **values}
+
+    def _gate_terms(
+        self, model: TrainingModel, records: list[RoutingRecord]
+    ) -> dict[str, torch.Tensor]:
+        """Sums over gates."""
+        terms = {name: torch.zeros(()) for name in ("load_balance", "z", "orthogonality")}
+        for record in records:
             gate = model.gate(record.layer, record.modality)
             logits = record.hidden.float() @ gate
             probs = torch.softmax(logits, dim=-1)
             chosen = probs.topk(record.expert_ids.shape[1], dim=-1).indices
-            terms["load_balance"].append(load_balance(probs, chosen))
-            terms["z"].append(router_z(logits))
-            terms["orthogonality"].append(self._orthogonality(gate))
-        sums = {name: torch.stack(values).sum() for name, values in terms.items()}
-        total = main + self.load_balance * sums["load_balance"] + self.z * sums["z"]
-        if self.orthogonality_by == "loss":
-            total = total + self.orthogonality * sums["orthogonality"]
-        gates = max(len(passed.records), 1)
-        values = {name: float(value.detach()) / gates for name, value in sums.items()}
-        return total, {"loss": float(main.detach()), **values}
+            terms["load_balance"] = terms["load_balance"] + load_balance(probs, chosen)
+            terms["z"] = terms["z"] + router_z(logits)
+            terms["orthogonality"] = terms["orthogonality"] + self._orthogonality(gate)
+        return terms
 
     def _orthogonality(self, gate: torch.Tensor) -> torch.Tensor:
         return orthogonality(gate if self.orthogonality_by == "loss" else gate.detach())
 
     def after_step(
-        self, model: TrainingModel, records: list[RoutingRecord], learning_rate: float
+        self,
+        model: TrainingModel,
+        chosen: Usage,
+        learning_rate: float,
     ) -> None:
-        """The moves that are no part of the optimiser: gates apart, biases towards balance."""
+        """The moves that are no part of the optimiser: gates apart, biases towards balance.
+
+        chosen: choices per expert in the step, by gate.
+        """
         blocks = model.moe_blocks()
-        for record in records:
-            block = blocks[record.layer]
-            gate = block.gate.bank(record.modality)
+        for (modality, layer), counts in chosen.items():
+            gate = blocks[layer].gate.bank(modality)
             if not gate.requires_grad:
                 continue
             if self.orthogonality_by == "step" and self.orthogonality:
                 orthogonalize_(gate, learning_rate * self.orthogonality)
             if self.bias_step:
-                usage = torch.bincount(record.expert_ids.flatten(), minlength=gate.shape[1])
-                correct_(block.moe_statics.bank(record.modality), usage, self.bias_step)
-
-
-def usage(
-    records: list[RoutingRecord], token_types: torch.Tensor, num_experts: int
-) -> dict[tuple[Modality, int], torch.Tensor]:
-    """Choices per expert, int64 [E], by the modality of the tokens and by layer.
-
-    In a shared pool both modalities' tokens stand in one record.
-    """
-    masks = {Modality.TEXT: token_types == TOKEN_TEXT, Modality.VISION: token_types != TOKEN_TEXT}
-    found = {}
-    for record in records:
-        if len(record.expert_ids) == len(token_types):  # all tokens: look which are whose
-            choices = {modality: record.expert_ids[mask] for modality, mask in masks.items()}
-        else:
-            choices = {record.modality: record.expert_ids}
-        for modality, ids in choices.items():
-            if len(ids):
-                counts = torch.bincount(ids.flatten(), minlength=num_experts)
-                found[modality, record.layer] = counts
-    return found
+                correct_(blocks[layer].moe_statics.bank(modality), counts, self.bias_step)

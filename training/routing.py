@@ -18,9 +18,11 @@ from torch import nn
 
 from chiasm.model.config import TextConfig
 from chiasm.model.moe import Dispatch, Partial
-from chiasm.types import Modality
+from chiasm.types import TOKEN_TEXT, Modality
 
 BLOCK_ROWS = 64
+Usage = dict[tuple[Modality, int], torch.Tensor]
+"""Choices per expert, int64 [E], by modality and layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +171,7 @@ class Computed:
 
 
 class TrainingExperts(nn.Module):
-    """All experts of the given banks; a model.moe.Experts that keeps a record of every dispatch."""
+    """All experts of the given banks."""
 
     def __init__(
         self, config: TextConfig, modalities: Sequence[Modality], dtype: torch.dtype
@@ -177,7 +179,6 @@ class TrainingExperts(nn.Module):
         super().__init__()
         self.dtype = dtype
         """Of the products; bfloat16 is about twice as fast on a CPU that has it."""
-        self.records: list[RoutingRecord] = []
         self.banks = nn.ModuleDict(
             {
                 f"{modality}_{layer}": ExpertWeights(
@@ -188,14 +189,26 @@ class TrainingExperts(nn.Module):
             }
         )
 
-    def bank(self, layer: int, modality: Modality) -> ExpertWeights:
-        bank = self.banks[f"{modality}_{layer}"]
+    def compute(self, dispatch: Dispatch, expert_ids: torch.Tensor) -> torch.Tensor:
+        """float32 [T, H] of a dispatch with its expert_ids as int64; it keeps its graph."""
+        bank = self.banks[f"{dispatch.modality}_{dispatch.layer}"]
         assert isinstance(bank, ExpertWeights)
-        return bank
+        blocks = Blocks.lay_out(expert_ids, len(bank.gate_up))
+        return grouped_swiglu(
+            dispatch.hidden, dispatch.expert_weights, bank.gate_up, bank.down, blocks, self.dtype
+        )
+
+
+class Recording:
+    """The experts during one pass; a model.moe.Experts that keeps a record of every dispatch."""
+
+    def __init__(self, experts: TrainingExperts) -> None:
+        self._experts = experts
+        self.records: list[RoutingRecord] = []
+        """In the order of the layers."""
 
     def begin(self, dispatch: Dispatch) -> Computed:
-        """Computes the dispatch; it keeps its graph."""
-        bank = self.bank(dispatch.layer, dispatch.modality)
+        """Computes the dispatch at once."""
         expert_ids = dispatch.expert_ids.long()
         self.records.append(
             RoutingRecord(
@@ -205,14 +218,43 @@ class TrainingExperts(nn.Module):
                 expert_ids=expert_ids,
             )
         )
-        blocks = Blocks.lay_out(expert_ids, len(bank.gate_up))
-        values = grouped_swiglu(
-            dispatch.hidden, dispatch.expert_weights, bank.gate_up, bank.down, blocks, self.dtype
-        )
+        values = self._experts.compute(dispatch, expert_ids)
         rows = torch.arange(len(expert_ids), dtype=torch.int32)
         return Computed(Partial(shard=0, rows=rows, values=values))
 
-    def take_records(self) -> list[RoutingRecord]:
-        """The records since the last call, in the order of the layers."""
-        records, self.records = self.records, []
-        return records
+
+def choices_by_gate(records: Sequence[RoutingRecord], num_experts: int) -> Usage:
+    """Choices per expert, int64 [E], by gate and layer, of one pass."""
+    found: Usage = {}
+    for record in records:
+        found[record.modality, record.layer] = _count(record.expert_ids, num_experts)
+    return found
+
+
+def choices_by_modality(
+    records: Sequence[RoutingRecord], token_types: torch.Tensor, num_experts: int
+) -> Usage:
+    """The same, but by what the tokens are.
+
+    In a shared pool both modalities' tokens stand in one record.
+    """
+    masks = {Modality.TEXT: token_types == TOKEN_TEXT, Modality.VISION: token_types != TOKEN_TEXT}
+    found: Usage = {}
+    for record in records:
+        if len(record.expert_ids) == len(token_types):  # all tokens: look which are whose
+            for modality, mask in masks.items():
+                if mask.any():
+                    found[modality, record.layer] = _count(record.expert_ids[mask], num_experts)
+        else:
+            found[record.modality, record.layer] = _count(record.expert_ids, num_experts)
+    return found
+
+
+def add_usage(total: Usage, more: Usage) -> None:
+    """Adds `more` to `total` in place."""
+    for key, counts in more.items():
+        total[key] = total[key] + counts if key in total else counts
+
+
+def _count(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    return torch.bincount(expert_ids.flatten(), minlength=num_experts)

@@ -24,7 +24,7 @@ class Served:
 def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two text servers, one vision server, float32; must end with 0 and without a defect."""
     logs = tmp_path_factory.mktemp("served")
-    flags = ["--dtype", "float32", "--text-servers", "2", "--log-dir", logs]
+    flags = ["--dtype", "float32", "--text-servers", "2", "--log-dir", str(logs)]
     with up(tiny_checkpoint, *flags) as stack:
         assert stack.line.startswith("ready "), stack.stderr[-4000:]
         yield Served(endpoint=stack.endpoint, model=tiny_checkpoint)

@@ -36,10 +36,10 @@ class Peace:
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
-        self._known: dict[object, Result] = {}
+        self._known: dict[str, Result] = {}
 
     def answer(self, prompt: Prompt, sampling: Sampling = GREEDY) -> Result:
-        key = repr(prompt), sampling
+        key = repr((prompt, sampling))
         if key not in self._known:
             with Client(self._endpoint, timeout_s=60) as client:
                 self._known[key] = client.complete(prompt, sampling=sampling, prompt_logits=True)

@@ -10,7 +10,8 @@ import math
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -31,7 +32,7 @@ CONTEXT, VOCABULARY, MAX_MEDIA = 4096, 576, 64
 FIRST = "chat.messages[0].parts[0]"
 
 
-def chat(*messages: pb.Message, **fields: object) -> pb.GenerateRequest:
+def chat(*messages: pb.Message, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(chat=pb.Chat(messages=messages), **fields)
 
 
@@ -51,7 +52,7 @@ def filmed(data: bytes) -> pb.Part:
     return pb.Part(video=pb.Media(data=data))
 
 
-def sampled(**fields: object) -> pb.GenerateRequest:
+def sampled(**fields: Any) -> pb.GenerateRequest:
     return chat(said(text()), sampling=pb.SamplingParams(**fields))
 
 
@@ -206,7 +207,8 @@ def test_refused_with_its_field(
     channel: grpc.Channel, request_: pb.GenerateRequest | bytes, field: str
 ) -> None:
     data = request_ if isinstance(request_, bytes) else request_.SerializeToString()
-    generate: Callable[..., Iterator[bytes]] = channel.unary_stream("/chiasm.v1.Inference/Generate")
+    raw: Any = channel  # bytes in, bytes out
+    generate = raw.unary_stream("/chiasm.v1.Inference/Generate")
     with pytest.raises(grpc.RpcError) as caught:
         list(generate(data, timeout=TIMEOUT_S))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -225,7 +227,8 @@ def test_placeholders_that_do_not_match_the_pictures(
 
 def violations(error: grpc.RpcError) -> list[str]:
     """Fields of the error's BadRequest."""
-    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    trailing: Any = error.trailing_metadata()
+    details = dict(trailing)["grpc-status-details-bin"]
     found = []
     for detail in status_pb2.Status.FromString(details).details:
         bad_request = error_details_pb2.BadRequest()

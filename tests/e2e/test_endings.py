@@ -1,4 +1,4 @@
-"""Requests that are given up, and processes that are told to end: nothing is lost or left behind."""
+"""Requests given up and processes told to end: nothing is lost, nothing is left behind."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_token_balanced(seed: int) -> None:
     logits = draw(6, 9, seed=seed).requires_grad_()
     labels = torch.tensor([3, 1, 4, 1, 5, 8])
     losses = F.cross_entropy(logits, labels, reduction="none")
-    balanced = token_balanced(losses, num_tokens=40)
+    balanced = token_balanced(losses, num_tokens=40, num_labels=6)
     assert balanced.item() == pytest.approx(losses.mean().item(), abs=TOLERANCE)
     (grad,) = torch.autograd.grad(balanced, logits)
     probs = logits.detach().softmax(-1)

@@ -8,9 +8,12 @@ import pytest
 import torch
 from train_models import new_model, random_batch, served_logits, short_preset
 
+from chiasm.training.data.packing import PackedBatch
 from chiasm.training.export import export
+from chiasm.training.gradients import accumulate, one_core_each
 from chiasm.training.model import Part, TrainingModel, part_of
-from chiasm.training.objective import Objective, usage
+from chiasm.training.objective import Objective, Whole
+from chiasm.training.routing import choices_by_gate, choices_by_modality
 from chiasm.types import Grid, Modality
 
 TOLERANCE = 1e-5
@@ -62,7 +65,7 @@ def test_every_part_gets_gradients_from_a_mixed_batch(tmp_path: Path) -> None:
     model.train_only(frozenset(Part))
     batch = random_batch(model.config, MIXED)
     passed = model(batch)
-    loss, values = Objective(orthogonality_by="loss").loss(model, batch, passed)
+    loss, values = Objective(orthogonality_by="loss").loss(model, batch, passed, Whole.of([batch]))
     loss.backward()  # type: ignore[no-untyped-call]  # no annotations in torch
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # What the last layer's experts make of media tokens, nobody reads: only text has labels.
@@ -73,11 +76,48 @@ def test_every_part_gets_gradients_from_a_mixed_batch(tmp_path: Path) -> None:
     assert values["loss"] == pytest.approx(float(losses.mean().detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("is_token_balanced", [True, False])
+def test_micro_batches_add_up(tmp_path: Path, is_token_balanced: bool) -> None:
+    """Cut in two or not, a step has the same loss and, gates' own losses aside, the same
+    gradients."""
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model.train_only(frozenset(Part))
+    objective = Objective(is_token_balanced=is_token_balanced, load_balance=0, z=0)
+    cuts = [random_batch(model.config, part, seed=3) for part in (MIXED, TEXT)]
+    found = []
+    for parts in ([join(cuts)], cuts):
+        with one_core_each(2) as pool:
+            result = accumulate(model, objective, parts, pool)
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((result, grads))
+    (one, one_grads), (two, two_grads) = found
+    assert one.values["loss"] == pytest.approx(two.values["loss"], rel=1e-5)
+    assert one_grads.keys() == two_grads.keys()
+    for name, grad in one_grads.items():
+        torch.testing.assert_close(grad, two_grads[name], atol=1e-6, rtol=1e-4, msg=name)
+    assert all(torch.equal(one.by_gate[key], two.by_gate[key]) for key in one.by_gate)
+
+
+def join(parts: list[PackedBatch]) -> PackedBatch:
+    """The parts as one batch."""
+    return PackedBatch(
+        token_ids=torch.cat([part.token_ids for part in parts]),
+        token_types=torch.cat([part.token_types for part in parts]),
+        positions=torch.cat([part.positions for part in parts], dim=1),
+        labels=torch.cat([part.labels for part in parts]),
+        lengths=tuple(length for part in parts for length in part.lengths),
+        pixels=torch.cat([part.pixels for part in parts]),
+        grids=tuple(grid for part in parts for grid in part.grids),
+        tasks=tuple(task for part in parts for task in part.tasks),
+    )
+
+
 def test_vision_does_not_reach_the_text_bank(tmp_path: Path) -> None:
     """Modality isolation: each bank sees its own modality's tokens, and only those."""
     model = new_model(tmp_path / "description", short_preset(1, 1, 1))
     batch = random_batch(model.config, MIXED)
-    counts = usage(model(batch).records, batch.token_types, model.config.text.num_experts)
+    records = model(batch).records
+    counts = choices_by_modality(records, batch.token_types, model.config.text.num_experts)
     top_k, num_vision = model.config.text.moe_k, int((batch.token_types > 0).sum())
     num_tokens = {Modality.VISION: num_vision, Modality.TEXT: batch.num_tokens - num_vision}
     assert {modality for modality, _ in counts} == set(Modality)
@@ -91,7 +131,7 @@ def test_a_shared_pool_has_one_gate_and_counts_both_modalities(tmp_path: Path) -
     batch = random_batch(model.config, MIXED)
     records = model(batch).records
     assert {record.modality for record in records} == {Modality.TEXT}
-    counts = usage(records, batch.token_types, model.config.text.num_experts)
+    counts = choices_by_modality(records, batch.token_types, model.config.text.num_experts)
     assert {modality for modality, _ in counts} == set(Modality)
     isolated = short_preset(1, 1, 1).dimensions
     assert model.config.text.num_experts == 2 * isolated.num_experts
@@ -103,9 +143,9 @@ def test_after_step_moves_gates_apart_and_biases_towards_balance(tmp_path: Path)
     batch = random_batch(model.config, MIXED)
     passed = model(batch)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    Objective(orthogonality=1.0, orthogonality_by="step", bias_step=0.01).after_step(
-        model, passed.records, learning_rate=1.0
-    )
+    chosen = choices_by_gate(passed.records, model.config.text.num_experts)
+    objective = Objective(orthogonality=1.0, orthogonality_by="step", bias_step=0.01)
+    objective.after_step(model, chosen, learning_rate=1.0)
     for name, parameter in model.named_parameters():
         changed = (parameter.detach() != before[name]).any(-1)
         if name.endswith("e_score_correction_bias"):

@@ -10,29 +10,32 @@ from chiasm.kernels.moe import ShardWeights, shard_partial
 from chiasm.training.routing import BLOCK_ROWS, Blocks, grouped_swiglu
 
 TOLERANCE = 2e-5
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 BFLOAT16_RATIO = 0.02
 """RMS of the error over RMS of the value: a few bfloat16 roundings."""
 
 
 def inputs(
     num_tokens: int, top_k: int, num_experts: int, *, skew: float, seed: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, Tensors]:
     """Expert ids [T, K], and hidden, weights, gate_up, down that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     hidden, width = 16, 6
     scores = torch.randn(num_tokens, num_experts, generator=generator)
     scores += skew * torch.arange(num_experts)
     ids = scores.topk(top_k).indices
-    tensors = [
+    tensors = (
         torch.randn(num_tokens, hidden, generator=generator),
         torch.rand(num_tokens, top_k, generator=generator),
         torch.randn(num_experts, 2 * width, hidden, generator=generator) / hidden**0.5,
         torch.randn(num_experts, hidden, width, generator=generator) / width**0.5,
-    ]
-    return ids, [tensor.requires_grad_() for tensor in tensors]
+    )
+    for tensor in tensors:
+        tensor.requires_grad_()
+    return ids, tensors
 
 
-def reference(ids: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+def reference(ids: torch.Tensor, tensors: Tensors) -> torch.Tensor:
     hidden, weights, gate_up, down = tensors
     bank = ShardWeights(first=0, gate_up=gate_up, down=down)
     rows, values = shard_partial(hidden, ids.int(), weights, bank)
