@@ -39,28 +39,45 @@ def paged_attention(
 
     Raises Internal when shapes, dtypes or devices do not fit together: nothing has run then.
     """
-    from chiasm.kernels.attention import triton as kernels
-
-    _, num_heads, head_dim = query.shape
     num_kv_heads = cache.shape[2]
     if metadata is None:
-        metadata = prepare(segments, query.device, group=num_heads // num_kv_heads)
+        metadata = prepare(segments, query.device, group=query.shape[1] // num_kv_heads)
     _check(query, cache, metadata)
-    block_d = dim_block(head_dim)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    partial, partial_max, partial_sum = (
-        torch.empty(
-            (metadata.num_partial_rows, num_kv_heads, *tail),
-            dtype=torch.float32,
-            device=query.device,
-        )
-        for tail in ((head_dim,), (), ())
-    )
-    kernels.paged_attention_kernel[len(metadata.work), num_kv_heads](
+    partials = _Partials(metadata, num_kv_heads, query)
+    _attend(out, partials, query, cache, metadata)
+    if len(metadata.spread):
+        _combine(out, partials, metadata, num_kv_heads)
+    return out
+
+
+class _Partials:
+    """What splits that run apart leave for the combine kernel, float32: sums and their scales."""
+
+    def __init__(self, metadata: Metadata, num_kv_heads: int, query: torch.Tensor) -> None:
+        def empty(*tail: int) -> torch.Tensor:
+            shape = (metadata.num_partial_rows, num_kv_heads, *tail)
+            return torch.empty(shape, dtype=torch.float32, device=query.device)
+
+        self.out, self.max, self.sum = empty(query.shape[2]), empty(), empty()
+
+
+def _attend(
+    out: torch.Tensor,
+    partials: _Partials,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    metadata: Metadata,
+) -> None:
+    from chiasm.kernels.attention import triton as kernels
+
+    head_dim = query.shape[2]
+    block_d = dim_block(head_dim)
+    kernels.paged_attention_kernel[len(metadata.work), cache.shape[2]](
         out,
-        partial,
-        partial_max,
-        partial_sum,
+        partials.out,
+        partials.max,
+        partials.sum,
         query,
         cache[0],
         cache[1],
@@ -83,22 +100,26 @@ def paged_attention(
         num_stages=NUM_STAGES,
         enable_fp_fusion=False,  # both kernels must round alike
     )
-    if len(metadata.spread):
-        kernels.combine_kernel[len(metadata.spread), num_heads](
-            out,
-            partial,
-            partial_max,
-            partial_sum,
-            metadata.spread,
-            out.stride(0),
-            num_kv_heads,
-            GROUP=metadata.group,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-    return out
+
+
+def _combine(out: torch.Tensor, partials: _Partials, metadata: Metadata, num_kv_heads: int) -> None:
+    from chiasm.kernels.attention import triton as kernels
+
+    _, num_heads, head_dim = out.shape
+    kernels.combine_kernel[len(metadata.spread), num_heads](
+        out,
+        partials.out,
+        partials.max,
+        partials.sum,
+        metadata.spread,
+        out.stride(0),
+        num_kv_heads,
+        GROUP=metadata.group,
+        HEAD_DIM=head_dim,
+        BLOCK_D=dim_block(head_dim),
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
 
 
 def dim_block(head_dim: int) -> int:
