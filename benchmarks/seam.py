@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from chiasm.client import AsyncClient, Sampling, Tokens
 from chiasm.local import LocalStack, StackConfig
 
@@ -19,6 +21,7 @@ BATCHES = (1, 8, 32)
 NEW_TOKENS = 64
 PREFILL_TOKENS = 1024
 REPEATS = 3
+PROMPTS = np.random.default_rng(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +73,17 @@ async def _measure(endpoint: str) -> Speed:
 async def batch_seconds(
     client: AsyncClient, size: int, prompt_tokens: int, new_tokens: int
 ) -> float:
-    """Seconds until all answers of a batch are whole."""
+    """Seconds until all answers of a batch are whole. No prompt begins like one before it, or the
+    prefix cache would answer for the model."""
     sampling = Sampling(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     start = time.perf_counter()
     await asyncio.gather(
         *(
             client.complete(
-                Tokens(token_ids=[3 + (i + j) % 200 for j in range(prompt_tokens)]),
+                Tokens(token_ids=PROMPTS.integers(10, 400, prompt_tokens).tolist()),
                 sampling=sampling,
             )
-            for i in range(size)
+            for _ in range(size)
         )
     )
     return time.perf_counter() - start
