@@ -23,17 +23,13 @@ from chiasm.services.decoder.holders import ShardHolders
 from chiasm.services.decoder.link import NoAnswer, ServerLink
 from chiasm.telemetry import metrics, traces
 from chiasm.transport import tensors
+from chiasm.transport.enums import WIRE_MODALITIES
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.types import Modality
-from chiasm.v1 import common_pb2, experts_pb2
+from chiasm.v1 import experts_pb2
 
 RETRY_PAUSE_S = 0.05
 """Pause before the same holders are tried again, when no other is left."""
-
-_WIRE_MODALITY = {
-    Modality.TEXT: common_pb2.MODALITY_TEXT,
-    Modality.VISION: common_pb2.MODALITY_VISION,
-}
 
 
 class PoolUnavailable(errors.Unavailable):
@@ -293,7 +289,7 @@ class _Work:
         rows = wanted.any(dim=-1).nonzero().squeeze(-1)
         d, context = self.dispatch, traces.inject()
         return experts_pb2.DispatchRequest(
-            modality=_WIRE_MODALITY[d.modality],
+            modality=WIRE_MODALITIES[d.modality],
             layer=d.layer,
             shards=shards,
             num_shards=self.num_shards,

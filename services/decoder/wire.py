@@ -20,15 +20,12 @@ from chiasm.services.decoder.sequence import (
     TokenEvent,
 )
 from chiasm.transport import tensors
-from chiasm.types import TOKEN_VIDEO, Grid, MediaKind, Modality
-from chiasm.v1 import common_pb2, decoder_pb2, inference_pb2, tensor_pb2
+from chiasm.transport.enums import MEDIA_KINDS
+from chiasm.types import TOKEN_VIDEO, Grid, Modality
+from chiasm.v1 import decoder_pb2, inference_pb2, tensor_pb2
 
 LOGITS_CHUNK_BYTES = 1 << 20
 
-_KINDS = {
-    common_pb2.MEDIA_KIND_IMAGE: MediaKind.IMAGE,
-    common_pb2.MEDIA_KIND_VIDEO: MediaKind.VIDEO,
-}
 _REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
@@ -57,7 +54,7 @@ def check(request: decoder_pb2.DecodeRequest, config: ModelConfig) -> None:
 def _check_media(request: decoder_pb2.DecodeRequest, num_prompt: int) -> None:
     end = 0
     for i, ref in enumerate(request.media):
-        if ref.kind not in _KINDS:
+        if ref.kind not in MEDIA_KINDS:
             raise errors.InvalidArgument(f"media[{i}].kind", "image or video")
         if ref.offset < end or ref.offset + ref.num_tokens > num_prompt or not ref.num_tokens:
             raise errors.InvalidArgument(
@@ -97,7 +94,7 @@ def media(request: decoder_pb2.DecodeRequest) -> tuple[LaidOutMedia, ...]:
     """The items' places and extents."""
     return tuple(
         LaidOutMedia(
-            kind=_KINDS[ref.kind],
+            kind=MEDIA_KINDS[ref.kind],
             grid=Grid(ref.grid.t, ref.grid.h, ref.grid.w),
             offset=ref.offset,
             num_tokens=ref.num_tokens,

@@ -16,6 +16,7 @@ from chiasm import errors
 from chiasm.services.expert_pool import wire
 from chiasm.services.expert_pool.engine import ExpertEngine, Timed
 from chiasm.telemetry import metrics, traces
+from chiasm.transport.enums import WIRE_MODALITIES
 from chiasm.types import shard_experts
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
@@ -89,7 +90,7 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
     ) -> experts_pb2.PoolDescription:
         bank = self._engine.bank
         return experts_pb2.PoolDescription(
-            modality=wire.WIRE_MODALITY[bank.modality],
+            modality=WIRE_MODALITIES[bank.modality],
             num_shards=bank.num_shards,
             loaded_shards=bank.shards,
             loading_shards=self._engine.loading,

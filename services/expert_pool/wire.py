@@ -11,13 +11,9 @@ from chiasm import errors
 from chiasm.model.config import TextConfig
 from chiasm.model.moe import Partial
 from chiasm.transport import tensors
+from chiasm.transport.enums import WIRE_MODALITIES
 from chiasm.types import Modality
-from chiasm.v1 import common_pb2, experts_pb2
-
-WIRE_MODALITY = {
-    Modality.TEXT: common_pb2.MODALITY_TEXT,
-    Modality.VISION: common_pb2.MODALITY_VISION,
-}
+from chiasm.v1 import experts_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +41,7 @@ class DispatchArguments:
 def check_envelope(request: experts_pb2.DispatchRequest, limits: DispatchLimits) -> None:
     """Checks everything that needs no payload. Raises InvalidArgument with the field named."""
     _require(
-        request.modality == WIRE_MODALITY[limits.modality],
+        request.modality == WIRE_MODALITIES[limits.modality],
         "modality",
         f"this server serves {limits.modality}",
     )

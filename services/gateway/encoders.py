@@ -21,17 +21,14 @@ from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.domain import Encoded, MediaItem
 from chiasm.services.gateway.members import MemberSearch, may_try_another, peer_error
 from chiasm.telemetry import traces
+from chiasm.transport.enums import WIRE_MEDIA_KINDS
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.types import Grid, MediaKind
-from chiasm.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
+from chiasm.v1 import encoder_pb2, encoder_pb2_grpc
 
 CHUNK_BYTES = 256 * 1024
 """Size of an upload's chunks: small beside the message bound, large beside the framing."""
 
-_WIRE_KINDS = {
-    MediaKind.IMAGE: common_pb2.MEDIA_KIND_IMAGE,
-    MediaKind.VIDEO: common_pb2.MEDIA_KIND_VIDEO,
-}
 log = structlog.get_logger()
 
 
@@ -148,7 +145,7 @@ class _Upload:
     async def parts(self) -> AsyncIterator[encoder_pb2.EncodeRequest]:
         item = self._item
         header = encoder_pb2.EncodeHeader(
-            digest=item.digest, kind=_WIRE_KINDS[item.kind], size_bytes=len(item.data)
+            digest=item.digest, kind=WIRE_MEDIA_KINDS[item.kind], size_bytes=len(item.data)
         )
         yield encoder_pb2.EncodeRequest(header=header)
         for start in range(0, len(item.data), CHUNK_BYTES):

@@ -6,14 +6,10 @@ from collections.abc import Sequence
 
 from chiasm.services.gateway.domain import Encoded, Generation
 from chiasm.services.gateway.prompts import LaidOut
-from chiasm.types import MediaKind
+from chiasm.transport.enums import WIRE_MEDIA_KINDS
 from chiasm.v1 import common_pb2, decoder_pb2, inference_pb2
 
 _SEEDS = 2**64
-_WIRE_KINDS = {
-    MediaKind.IMAGE: common_pb2.MEDIA_KIND_IMAGE,
-    MediaKind.VIDEO: common_pb2.MEDIA_KIND_VIDEO,
-}
 
 
 def decode_request(
@@ -39,7 +35,7 @@ def decode_request(
         media=[
             decoder_pb2.MediaRef(
                 digest=encoded[item.index].digest,
-                kind=_WIRE_KINDS[item.kind],
+                kind=WIRE_MEDIA_KINDS[item.kind],
                 grid=common_pb2.GridThw(t=item.grid.t, h=item.grid.h, w=item.grid.w),
                 offset=item.offset,
                 num_tokens=item.num_tokens,

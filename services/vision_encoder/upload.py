@@ -10,17 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from chiasm import errors
+from chiasm.transport.enums import MEDIA_KINDS
 from chiasm.types import MediaKind
-from chiasm.v1 import common_pb2, encoder_pb2
+from chiasm.v1 import encoder_pb2
 
 CHUNK_TIMEOUT_S = 30.0
 """An upload that brings nothing for this long is given up."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_KINDS = {
-    common_pb2.MEDIA_KIND_IMAGE: MediaKind.IMAGE,
-    common_pb2.MEDIA_KIND_VIDEO: MediaKind.VIDEO,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +56,13 @@ class Uploads:
         wire = first.header
         if not _DIGEST.fullmatch(wire.digest):
             raise errors.InvalidArgument("header.digest", "must be 64 lower-case hex digits")
-        if wire.kind not in _KINDS:
+        if wire.kind not in MEDIA_KINDS:
             raise errors.InvalidArgument("header.kind", f"unknown kind {wire.kind}")
         if not 0 < wire.size_bytes <= self._max_media_bytes:
             raise errors.InvalidArgument(
                 "header.size_bytes", f"must lie in 1..{self._max_media_bytes}, is {wire.size_bytes}"
             )
-        return Header(digest=wire.digest, kind=_KINDS[wire.kind], size_bytes=wire.size_bytes)
+        return Header(digest=wire.digest, kind=MEDIA_KINDS[wire.kind], size_bytes=wire.size_bytes)
 
     @contextmanager
     def reserve(self, num_bytes: int) -> Iterator[None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from chiasm import errors
 from chiasm.membership import MemberInfo, MemberState, Role, ShardSet, Topology
-from chiasm.types import Modality
-from chiasm.v1 import common_pb2, control_pb2
+from chiasm.transport.enums import MODALITIES, WIRE_MODALITIES
+from chiasm.v1 import control_pb2
 
 MAX_SHARDS = 1024
 """Most shards a pool may be cut into."""
@@ -23,13 +23,8 @@ _STATES = {
     control_pb2.MEMBER_STATE_READY: MemberState.READY,
     control_pb2.MEMBER_STATE_DRAINING: MemberState.DRAINING,
 }
-_MODALITIES = {
-    common_pb2.MODALITY_TEXT: Modality.TEXT,
-    common_pb2.MODALITY_VISION: Modality.VISION,
-}
 _WIRE_ROLES = {role: wire for wire, role in _ROLES.items()}
 _WIRE_STATES = {state: wire for wire, state in _STATES.items()}
-_WIRE_MODALITIES = {modality: wire for wire, modality in _MODALITIES.items()}
 
 
 def member_to_proto(member: MemberInfo) -> control_pb2.MemberReport:
@@ -42,7 +37,7 @@ def member_to_proto(member: MemberInfo) -> control_pb2.MemberReport:
         state=_WIRE_STATES[member.state],
         shard_sets=[
             control_pb2.ShardSet(
-                modality=_WIRE_MODALITIES[held.modality],
+                modality=WIRE_MODALITIES[held.modality],
                 num_shards=held.num_shards,
                 shards=held.shards,
             )
@@ -104,7 +99,7 @@ def topology_from_proto(wire: control_pb2.Topology) -> Topology:
 
 def _shard_set(wire: control_pb2.ShardSet, index: int) -> ShardSet:
     path = f"shard_sets[{index}]"
-    if wire.modality not in _MODALITIES:
+    if wire.modality not in MODALITIES:
         raise errors.InvalidArgument(f"{path}.modality", f"unknown modality {wire.modality}")
     if not 1 <= wire.num_shards <= MAX_SHARDS:
         raise errors.InvalidArgument(f"{path}.num_shards", f"must lie in 1..{MAX_SHARDS}")
@@ -113,4 +108,4 @@ def _shard_set(wire: control_pb2.ShardSet, index: int) -> ShardSet:
         raise errors.InvalidArgument(
             f"{path}.shards", f"must ascend and lie in 0..{wire.num_shards - 1}"
         )
-    return ShardSet(modality=_MODALITIES[wire.modality], num_shards=wire.num_shards, shards=shards)
+    return ShardSet(modality=MODALITIES[wire.modality], num_shards=wire.num_shards, shards=shards)
