@@ -1,0 +1,136 @@
+"""What the parts of the training recipe are worth: each left out in turn, several seeds.
+
+    python -m benchmarks.ablations --out DIR [--seeds 3] [--jobs 2]
+
+Every run has the preset `ablation`: the bundled model's dimensions and recipe, the tasks that are
+learnt first, the same steps on the same samples. Accuracy is exact match on held-out samples; the
+loads are those of held-out samples, too. Runs that are done are kept in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.__main__ import RESULTS
+from chiasm.bench import machine
+from chiasm.training import presets
+from chiasm.training.data.encode import Encoder
+from chiasm.training.losses import orthogonality
+from chiasm.training.model import TrainingModel
+from chiasm.training.routing import Usage, add_usage
+from chiasm.training.run import RunConfig, start
+from chiasm.training.score import exact_match, load_entropy
+from chiasm.types import Modality
+
+WHOLE = "whole recipe"
+SAMPLES = 200
+_RESULT = "result.json"
+
+
+def main() -> None:
+    """Trains what is missing, prints the table, writes results/ablations.json."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a core each")
+    options = parser.parse_args()
+    variants = (None, *presets.ABLATIONS)
+    runs = [(v, seed) for seed in range(options.seeds) for v in variants]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        found = list(pool.map(_run, [options.out] * len(runs), *zip(*runs, strict=True)))
+    table, rows = summary(found)
+    Console(width=110).print(table)
+    result = {"machine": machine.describe(), "result": {"runs": found, "summary": rows}}
+    (RESULTS / "ablations.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _run(out: Path, variant: str | None, seed: int) -> dict[str, Any]:
+    """Trains and scores one model, or reads what it scored before."""
+    directory = out / f"{variant or 'whole'}-{seed}"
+    file = directory / _RESULT
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+    trainer = start(directory, RunConfig(preset="ablation", ablation=variant, seed=seed))
+    began = time.monotonic()
+    trainer.run(lambda _: None)
+    seconds = time.monotonic() - began
+    torch.set_num_threads(1)
+    found = {"variant": variant or WHOLE, "seed": seed, "seconds": seconds}
+    found |= _score(trainer.model.eval(), directory)
+    file.write_text(json.dumps(found))
+    return found
+
+
+def _score(model: TrainingModel, directory: Path) -> dict[str, Any]:
+    encoder = Encoder.load(directory / "description")
+    accuracy: dict[str, float] = {}
+    usage: Usage = {}
+    for task in presets.find("ablation").stages[0].mix:
+        accuracy[task], chosen = exact_match(model, encoder, task, SAMPLES)
+        add_usage(usage, chosen)
+    gates = (Modality.TEXT,) if model.shared_pool else tuple(Modality)
+    return {
+        "accuracy": accuracy,
+        "orthogonality": {
+            gate: statistics.mean(
+                float(orthogonality(model.gate(layer, gate).detach()))
+                for layer in model.moe_blocks()
+            )
+            for gate in gates
+        },
+        "entropy": {
+            modality: statistics.mean(
+                load_entropy(counts) for (m, _), counts in usage.items() if m is modality
+            )
+            for modality in Modality
+        },
+    }
+
+
+def summary(found: Sequence[Mapping[str, Any]]) -> tuple[Table, list[dict[str, Any]]]:
+    """Mean and range over seeds of every number, a variant a row."""
+    tasks = list(found[0]["accuracy"])
+    table = Table("variant", "mean", *tasks, "orth. text/vision", "entropy text/vision")
+    rows = []
+    for variant in dict.fromkeys(run["variant"] for run in found):
+        own = [run for run in found if run["variant"] == variant]
+        means = [statistics.mean(run["accuracy"].values()) for run in own]
+        columns = {"mean": means, **{t: [r["accuracy"][t] for r in own] for t in tasks}}
+        shares = {name: _spread(values) for name, values in columns.items()}
+        gates = {
+            name: {key: _spread([run[name][key] for run in own]) for key in own[0][name]}
+            for name in ("orthogonality", "entropy")
+        }
+        rows.append({"variant": variant, "accuracy": shares, **gates})
+        table.add_row(
+            variant,
+            *(f"{100 * s['mean']:.1f}\n±{50 * (s['max'] - s['min']):.1f}" for s in shares.values()),
+            _pair(gates["orthogonality"].values(), 5),
+            _pair(gates["entropy"].values(), 3),
+        )
+    return table, rows
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+
+
+def _pair(spreads: Iterable[Mapping[str, float]], digits: int) -> str:
+    return "\n".join(f"{s['mean']:.{digits}f}" for s in spreads)
+
+
+if __name__ == "__main__":
+    main()
