@@ -19,21 +19,21 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 MIX: Mapping[str, float] = MappingProxyType(
     {
-        "digits": 10,
-        "shape": 4,
-        "colour": 6,
+        "digits": 8,
+        "shape": 5,
+        "colour": 7,
         "description": 6,
-        "count": 8,
-        "place": 6,
-        "relation": 8,
-        "words": 22,
-        "bars": 7,
-        "same": 8,
-        "more": 5,
-        "motion": 5,
-        "sums": 10,
-        "lookup": 6,
-        "copy": 5,
+        "count": 5,
+        "place": 7,
+        "relation": 9,
+        "words": 26,
+        "bars": 9,
+        "same": 10,
+        "more": 3,
+        "motion": 6,
+        "sums": 6,
+        "lookup": 9,
+        "copy": 3,
     }
 )
 """Weight of each task in samples: hard ones, and those with the most to learn, come more often."""

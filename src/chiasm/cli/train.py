@@ -13,7 +13,9 @@ from chiasm.errors import InvalidArgument
 
 
 def train(
-    preset: Annotated[str, typer.Option(help="What to train: bundled or smoke.")] = "bundled",
+    preset: Annotated[
+        str, typer.Option(help="What to train: bundled, smoke or ablation.")
+    ] = "bundled",
     out: Annotated[Path, typer.Option(help="New folder for the run.")] = Path("run"),
     resume: Annotated[
         Path | None, typer.Option(help="Folder of a run to go on with; its settings hold.")
