@@ -97,7 +97,7 @@ def _source(directory: Path, seed: int) -> Source:
 
     def batches(stage: Stage, first_sample: int) -> Iterator[PackedBatch]:
         return Batches(
-            stream=Stream(stage.mix, seed=seed),
+            stream=Stream(stage.mix, seed=seed, lessons=stage.lessons),
             checkpoint=directory / "description",
             max_tokens=stage.batch_tokens,
             start=first_sample,

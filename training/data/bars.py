@@ -34,22 +34,31 @@ _PHRASINGS = {
 }
 
 
-def _draft(rng: Random) -> Draft:
+Bar = tuple[str, int]
+"""Colour and level."""
+
+
+def any_bars(rng: Random) -> tuple[Bar, ...]:
+    """Three or four bars, no two alike in colour or level."""
     num_bars = rng.randint(3, 4)
     colours = rng.sample(tuple(COLOURS), num_bars)
-    levels = rng.sample(_LEVELS, num_bars)
+    return tuple(zip(colours, rng.sample(_LEVELS, num_bars), strict=True))
+
+
+def _draft(rng: Random) -> Draft:
+    bars = any_bars(rng)
     asked = rng.choice(tuple(_PHRASINGS))
-    extreme = max(levels) if asked == "tallest" else min(levels)
-    bars = tuple(zip(colours, levels, strict=True))
+    colour, _ = (max if asked == "tallest" else min)(bars, key=lambda bar: bar[1])
     return Draft(
         key=bars,
         phrasings=_PHRASINGS[asked],
-        answer=COLOUR_NAMES[colours[levels.index(extreme)]],
-        draw=lambda rng: (_draw(bars, rng),),
+        answer=COLOUR_NAMES[colour],
+        draw=lambda rng: (draw(bars, rng),),
     )
 
 
-def _draw(bars: Sequence[tuple[str, int]], rng: Random) -> Picture:
+def draw(bars: Sequence[Bar], rng: Random) -> Picture:
+    """The chart, WIDTH x HEIGHT."""
     canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), paper(rng))
     pen = ImageDraw.Draw(canvas)
     room = WIDTH / len(bars)

@@ -6,47 +6,74 @@ So a run that stopped goes on exactly where it was, knowing no more than the nex
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 from chiasm.errors import InvalidArgument
-from chiasm.training.data.sample import Key, Sample, Split
-from chiasm.training.data.tasks import MIX, TASKS
+from chiasm.training.data.sample import Key, Sample, Split, Task
+from chiasm.training.data.tasks import MIX, PRACTICE, TASKS
 
 _PATIENCE = 10
 """Known samples in a row, for each one found, after which a task is taken to have no more: by then
 one that is left would have been missed with probability e^-10."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """A mix of its own for the next `num_samples` samples."""
+
+    num_samples: int
+    mix: Mapping[str, float]
+
+
 class Stream:
-    """Samples of a mix of tasks, given as weights by name.
+    """Samples of a mix of tasks, given as weights by name; `lessons` come first, one after another.
 
     Raises InvalidArgument for a task that does not exist and for weights that are no mix.
     """
 
     def __init__(
-        self, mix: Mapping[str, float] = MIX, *, seed: int = 0, split: Split = Split.TRAIN
+        self,
+        mix: Mapping[str, float] = MIX,
+        *,
+        seed: int = 0,
+        split: Split = Split.TRAIN,
+        lessons: Sequence[Lesson] = (),
     ) -> None:
-        for name, weight in mix.items():
-            if name not in TASKS:
-                raise InvalidArgument("mix", f"{name!r} is none of {', '.join(TASKS)}")
-            if not 0 < weight < float("inf"):
-                raise InvalidArgument("mix", f"the weight of {name} must be above 0, not {weight}")
-        if not mix:
-            raise InvalidArgument("mix", "is empty")
-        self._tasks = [TASKS[name] for name in mix]
-        self._bounds = list(itertools.accumulate(mix.values()))
+        self._mixes = [_Mix(each) for each in (*(lesson.mix for lesson in lessons), mix)]
+        self._ends = list(itertools.accumulate(lesson.num_samples for lesson in lessons))
         self._seed, self._split = seed, split
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, the same every time."""
         rng = Random(f"{self._seed}/{self._split}/{index}")
-        (task,) = rng.choices(self._tasks, cum_weights=self._bounds)
-        return task.sample(rng, self._split)
+        return self._mixes[bisect_right(self._ends, index)].task(rng).sample(rng, self._split)
 
     def samples(self, start: int = 0) -> Iterator[Sample]:
         """All samples from index `start` on, without end."""
         return map(self.sample, itertools.count(start))
+
+
+class _Mix:
+    """Tasks, drawn by weight."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        known = {**TASKS, **PRACTICE}
+        for name, weight in weights.items():
+            if name not in known:
+                raise InvalidArgument("mix", f"{name!r} is none of {', '.join(known)}")
+            if not 0 < weight < float("inf"):
+                raise InvalidArgument("mix", f"the weight of {name} must be above 0, not {weight}")
+        if not weights:
+            raise InvalidArgument("mix", "is empty")
+        self._tasks = [known[name] for name in weights]
+        self._bounds = list(itertools.accumulate(weights.values()))
+
+    def task(self, rng: Random) -> Task:
+        (task,) = rng.choices(self._tasks, cum_weights=self._bounds)
+        return task
 
 
 def held_out(task: str, num_samples: int, *, seed: int = 0) -> list[Sample]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from chiasm.training.data import bars, digits, motion, pairs, scenes, texts, words
+from chiasm.training.data import bars, digits, motion, pairs, practice, scenes, texts, words
 from chiasm.training.data.sample import Task
 
 TASKS: Mapping[str, Task] = MappingProxyType(
@@ -15,25 +15,71 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         for task in module.TASKS
     }
 )
-"""By name."""
+"""What is held out and asked for, by name."""
+
+PRACTICE: Mapping[str, Task] = MappingProxyType({task.name: task for task in practice.TASKS})
+"""What is trained on beside them, by name."""
 
 MIX: Mapping[str, float] = MappingProxyType(
     {
         "digits": 8,
-        "shape": 5,
-        "colour": 7,
-        "description": 6,
-        "count": 5,
-        "place": 7,
-        "relation": 9,
-        "words": 26,
-        "bars": 9,
-        "same": 10,
-        "more": 3,
+        "shape": 3,
+        "colour": 5,
+        "description": 4,
+        "count": 4,
+        "place": 6,
+        "relation": 7,
+        "words": 14,
+        "bars": 5,
+        "same": 9,
+        "more": 2,
         "motion": 6,
         "sums": 6,
-        "lookup": 9,
+        "lookup": 6,
         "copy": 3,
+        "inventory": 10,
+        "letters": 7,
+        "lines": 10,
+        "ranking": 5,
+        "recall": 5,
     }
 )
 """Weight of each task in samples: hard ones, and those with the most to learn, come more often."""
+
+LOOK: Mapping[str, float] = MappingProxyType(
+    {
+        "digits": 4,
+        "description": 8,
+        "shape": 4,
+        "colour": 4,
+        "count": 2,
+        "sums": 1,
+        "recall": 1,
+        "copy": 0.5,
+    }
+)
+"""One thing at a time: how a picture is looked at."""
+
+ARRANGE: Mapping[str, float] = MappingProxyType(
+    {
+        "digits": 4,
+        "description": 4,
+        "shape": 3,
+        "colour": 5,
+        "count": 2,
+        "place": 4,
+        "relation": 4,
+        "same": 5,
+        "more": 2,
+        "motion": 4,
+        "bars": 2,
+        "ranking": 4,
+        "inventory": 10,
+        "letters": 3,
+        "sums": 2,
+        "lookup": 2,
+        "recall": 3,
+        "copy": 1,
+    }
+)
+"""Several things, and how they lie to one another."""

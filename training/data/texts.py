@@ -6,10 +6,11 @@ Held out are sums (two numbers and what is done with them), sets of facts, and c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 
 from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings
-from chiasm.training.data.sample import Draft, Task
+from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 _MAX_SENTENCES = 4
@@ -44,6 +45,14 @@ _WHICH_COLOUR = Phrasings(
     ),
     zh=("{facts}{name}喜欢什么颜色？", "{facts}请问{name}喜欢哪种颜色？"),
 )
+ALL_NUMBERS = Phrasings(
+    en=("{facts} How many apples have {names}?",),
+    zh=("{facts}{names}各有几个苹果？",),
+)
+ALL_COLOURS = Phrasings(
+    en=("{facts} Which colours do they like: {names}?",),
+    zh=("{facts}{names}各喜欢什么颜色？",),
+)
 
 _FILLER = (
     Bilingual("The sun is warm today.", "今天阳光很暖和。"),
@@ -77,27 +86,48 @@ def _draft_sum(rng: Random) -> Draft:
     )
 
 
-def _draft_lookup(rng: Random) -> Draft:
-    """Three to five people, one of whom is asked for; all values differ."""
-    people = rng.sample(range(len(PEOPLE)), rng.randint(3, 5))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Who has how many apples, or likes which colour."""
+
+    pairs: tuple[tuple[Bilingual, Bilingual], ...]
+    """Name and value; all differ."""
+    is_number: bool
+
+    @property
+    def key(self) -> Key:
+        return tuple((name.en, value.en) for name, value in self.pairs)
+
+    @property
+    def told(self) -> Bilingual:
+        """All of them as sentences."""
+        form = _HAS if self.is_number else _LIKES
+        return Bilingual(
+            " ".join(form.en.format(name=name.en, value=value.en) for name, value in self.pairs),
+            "".join(form.zh.format(name=name.zh, value=value.zh) for name, value in self.pairs),
+        )
+
+
+def any_facts(rng: Random) -> Facts:
+    """Facts of three to five people."""
+    people = rng.sample(PEOPLE, rng.randint(3, 5))
     is_number = rng.random() < 0.5
     values = (
         [Bilingual.same(number) for number in rng.sample(range(10), len(people))]
         if is_number
         else [COLOUR_NAMES[colour] for colour in rng.sample(tuple(COLOURS), len(people))]
     )
-    asked = rng.randrange(len(people))
-    form = _HAS if is_number else _LIKES
-    facts = [(PEOPLE[person], value) for person, value in zip(people, values, strict=True)]
-    told = Bilingual(
-        " ".join(form.en.format(name=name.en, value=value.en) for name, value in facts),
-        "".join(form.zh.format(name=name.zh, value=value.zh) for name, value in facts),
-    )
+    return Facts(pairs=tuple(zip(people, values, strict=True)), is_number=is_number)
+
+
+def _draft_lookup(rng: Random) -> Draft:
+    facts = any_facts(rng)
+    name, value = rng.choice(facts.pairs)
     return Draft(
-        key=tuple((name.en, value.en) for name, value in facts),
-        phrasings=_HOW_MANY if is_number else _WHICH_COLOUR,
-        answer=values[asked],
-        fields={"facts": told, "name": PEOPLE[people[asked]]},
+        key=facts.key,
+        phrasings=_HOW_MANY if facts.is_number else _WHICH_COLOUR,
+        answer=value,
+        fields={"facts": facts.told, "name": name},
     )
 
 
@@ -116,8 +146,10 @@ def _draft_copy(rng: Random) -> Draft:
     )
 
 
+LOOKUP = Task(name="lookup", threshold=0.98, draft=_draft_lookup)
+
 TASKS = (
     Task(name="sums", threshold=0.98, draft=_draft_sum),
-    Task(name="lookup", threshold=0.98, draft=_draft_lookup),
+    LOOKUP,
     Task(name="copy", threshold=0.98, draft=_draft_copy),
 )

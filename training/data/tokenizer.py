@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from chiasm.model import synth_tokenizer
 from chiasm.training.data.names import COLOUR_NAMES, SHAPE_NAMES, Language
 from chiasm.training.data.sample import Draft, Split
-from chiasm.training.data.tasks import TASKS
+from chiasm.training.data.tasks import PRACTICE, TASKS
 from chiasm.training.data.texts import PEOPLE
 
 VOCAB_SIZE = 1024
@@ -37,7 +37,7 @@ def train() -> Tokenizer:
 
 def corpus() -> Iterator[str]:
     """Text that may be merged: the template's words, questions and answers of training samples."""
-    for task in TASKS.values():
+    for task in (*TASKS.values(), *PRACTICE.values()):
         rng = Random(f"corpus/{task.name}")
         for _ in range(_DRAFTS_PER_TASK):
             draft = task.draft(rng)

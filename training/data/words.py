@@ -67,16 +67,22 @@ _PHRASINGS = Phrasings(
 )
 
 
-def _draft(rng: Random) -> Draft:
+def any_word(rng: Random) -> str:
+    """A real word or a made-up one."""
     word = rng.choice(WORDS)
     if rng.random() < _MADE_UP:
         pattern = rng.choice(_PATTERNS)
         word = "".join(rng.choice(_CONSONANTS if c == "C" else _VOWELS) for c in pattern)
+    return word
+
+
+def _draft(rng: Random) -> Draft:
+    word = any_word(rng)
     return Draft(
         key=(word,),
         phrasings=_PHRASINGS,
         answer=Bilingual.same(word),
-        draw=lambda rng: (_draw(word, rng),),
+        draw=lambda rng: (draw(word, rng),),
     )
 
 
@@ -98,7 +104,13 @@ def _font(face: int, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(files[name], size)
 
 
-def _draw(word: str, rng: Random) -> Picture:
+def any_font(rng: Random) -> ImageFont.FreeTypeFont:
+    """A face in the smaller half of the sizes."""
+    return _font(rng.randrange(len(_FACES) + 1), rng.randint(_SIZES[0], sum(_SIZES) // 2))
+
+
+def draw(word: str, rng: Random) -> Picture:
+    """The word in some face, size and place, WIDTH x HEIGHT."""
     face, size = rng.randrange(len(_FACES) + 1), rng.randint(*_SIZES)
     width = WIDTH - 2 * _MARGIN
     size = min(size, int(size * width / _font(face, size).getlength(word)))
@@ -106,7 +118,7 @@ def _draw(word: str, rng: Random) -> Picture:
     x = _place(WIDTH - (right - left), rng) - left
     y = _place(HEIGHT - (bottom - top), rng) - top
     sheet = Image.new("RGB", (WIDTH, HEIGHT), paper(rng))
-    ImageDraw.Draw(sheet).text((x, y), word, font=_font(face, size), fill=_ink(rng))
+    ImageDraw.Draw(sheet).text((x, y), word, font=_font(face, size), fill=ink(rng))
     return Picture(with_noise(np.asarray(sheet), rng))
 
 
@@ -116,7 +128,7 @@ def _place(room: float, rng: Random) -> float:
     return rng.uniform(margin, room - margin)
 
 
-def _ink(rng: Random) -> Rgb:
+def ink(rng: Random) -> Rgb:
     """A dark colour."""
     return rng.randint(0, 90), rng.randint(0, 90), rng.randint(0, 90)
 
