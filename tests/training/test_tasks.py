@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import islice
 
 import looking
@@ -15,8 +16,8 @@ from chiasm.errors import InvalidArgument
 from chiasm.training.data import digits, words
 from chiasm.training.data.names import COLOUR_NAMES, SHAPE_NAMES, Language
 from chiasm.training.data.sample import Clip, Media, Picture, Pixels, Sample, Split
-from chiasm.training.data.stream import Stream, held_out
-from chiasm.training.data.tasks import MIX, TASKS
+from chiasm.training.data.stream import Lesson, Stream, held_out
+from chiasm.training.data.tasks import ARRANGE, LOOK, MIX, PRACTICE, TASKS
 
 NUM_CHECKED = 60
 NUM_COUNTED = 400
@@ -300,10 +301,64 @@ def test_a_sample_is_a_function_of_seed_split_and_index() -> None:
 
 
 def test_the_mix_is_kept() -> None:
-    assert set(MIX) == set(TASKS)
+    assert set(MIX) == {*TASKS, *PRACTICE}
     counts = Counter(s.task for s in islice(Stream({"sums": 3, "copy": 1}).samples(), 400))
     assert counts.keys() == {"sums", "copy"}
     assert 0.67 < counts["sums"] / 400 < 0.83
+
+
+def test_lessons_come_first_one_after_another() -> None:
+    lessons = [
+        Lesson(num_samples=5, mix={"sums": 1}),
+        Lesson(num_samples=3, mix={"copy": 1, "lookup": 1}),
+    ]
+    stream = Stream({"count": 1}, lessons=lessons)
+    tasks = [stream.sample(i).task for i in range(20)]
+    assert set(tasks[:5]) == {"sums"}
+    assert set(tasks[5:8]) <= {"copy", "lookup"}
+    assert set(tasks[8:]) == {"count"}
+    assert [sample.task for sample in islice(stream.samples(4), 6)] == tasks[4:10]
+    plain = Stream({"count": 1})
+    assert [stream.sample(i).key for i in range(8, 20)] == [
+        plain.sample(i).key for i in range(8, 20)
+    ]
+
+
+@pytest.mark.parametrize("mix", [LOOK, ARRANGE, MIX])
+def test_lessons_are_mixes(mix: Mapping[str, float]) -> None:
+    assert set(mix) <= {*TASKS, *PRACTICE}
+    Stream(mix)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_practice_shares_nothing_with_what_is_held_out(seed: int) -> None:
+    words, lookup = TASKS["words"], TASKS["lookup"]
+    for sample in islice(Stream({"lines": 1}, seed=seed).samples(), 60):
+        shown = sample.answer.split(" ")
+        assert len(shown) == 3
+        assert all(words.split_of((word,)) is Split.TRAIN for word in shown)
+    for sample in islice(Stream({"recall": 1}, seed=seed).samples(), 60):
+        facts, _ = sample.key
+        assert lookup.split_of(facts) is Split.TRAIN
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_answers_tell_what_is_there(seed: int) -> None:
+    for sample in islice(Stream({"inventory": 1}, seed=seed).samples(), 20):
+        names = sample.answer.split(", " if sample.language is Language.ENGLISH else "、")
+        assert [
+            name.count(COLOUR_NAMES[c].of(sample.language))
+            for name, (_, c, _) in zip(names, sample.key, strict=True)
+        ] == [1] * len(names)
+    for sample in islice(Stream({"ranking": 1}, seed=seed).samples(), 20):
+        levels = {COLOUR_NAMES[colour].of(sample.language): level for colour, level in sample.key}
+        named = sample.answer.split(", " if sample.language is Language.ENGLISH else "、")
+        heights = [levels[name] for name in named]
+        assert heights == sorted(levels.values(), reverse=True)
+    for sample in islice(Stream({"letters": 1}, seed=seed).samples(), 5):
+        (picture,) = sample.media
+        assert pixels_of(picture).shape == (56, 112, 3)
+        assert len(sample.answer) == 8
 
 
 @pytest.mark.parametrize("mix", [{}, {"chess": 1.0}, {"sums": 0.0}, {"sums": float("nan")}])

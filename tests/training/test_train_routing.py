@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from chiasm.kernels.gate import topk_gate
-from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.moe.reference import ShardWeights, shard_partial
+from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.training.routing import BLOCK_ROWS, Blocks, grouped_swiglu
 
 TOLERANCE = 2e-5
@@ -37,7 +38,7 @@ def inputs(
 
 def reference(ids: torch.Tensor, tensors: Tensors) -> torch.Tensor:
     hidden, weights, gate_up, down = tensors
-    bank = ShardWeights(first=0, gate_up=gate_up, down=down)
+    bank = ShardWeights(first=0, gate_up=DenseMatrices(gate_up), down=DenseMatrices(down))
     rows, values = shard_partial(hidden, ids.int(), weights, bank)
     assert torch.equal(rows, torch.arange(len(hidden), dtype=torch.int32))
     return values
