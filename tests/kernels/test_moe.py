@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.types import shard_experts
 
 TOLERANCE = 2e-5
@@ -29,7 +30,9 @@ def routing(tokens: int, experts: int, k: int, seed: int) -> tuple[torch.Tensor,
 
 def shard_of(gate_up: torch.Tensor, down: torch.Tensor, experts: range) -> ShardWeights:
     rows = slice(experts.start, experts.stop)
-    return ShardWeights(first=experts.start, gate_up=gate_up[rows], down=down[rows])
+    return ShardWeights(
+        first=experts.start, gate_up=DenseMatrices(gate_up[rows]), down=DenseMatrices(down[rows])
+    )
 
 
 @pytest.mark.parametrize(
