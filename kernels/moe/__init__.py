@@ -1,5 +1,45 @@
-"""Routed experts of one shard: weighted partial sums over its experts."""
+"""Routed experts of one shard: weighted partial sums over its experts.
 
-from chiasm.kernels.moe.reference import ShardWeights, shard_partial
+    reference.py  plain torch; the specification of the others
+    cpu.py        the same on a CPU, low-precision matrices read as they are stored
+    operands.py   matrices of any format as the kernels take them
+    permute.py    sorts the pairs of a dispatch by expert
+    transform.py  decodes matrices and rotates rows before a product
+    triton/       kernels for GPUs
+    configs/      their tile sizes
+    launch.py     checks, grids and launches
+
+Tensors on a CUDA device take the kernels where triton is installed, tensors on a CPU take cpu.py.
+Neither has a backward pass: what autograd must follow takes the reference, and so does, on a GPU, a
+format without kernels (WINT2). docs/kernels.md says how they work and what has run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from chiasm.kernels.device import is_triton
+from chiasm.kernels.moe import cpu, launch, reference
+from chiasm.kernels.moe.reference import ShardWeights
 
 __all__ = ["ShardWeights", "shard_partial"]
+
+
+def shard_partial(
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    weights: ShardWeights,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums the shard's share of each token's experts; see reference.py for the exact statement.
+
+    hidden [T, H] in the model's dtype. expert_ids int32 [T, K] within the bank. expert_weights
+    float32 [T, K]. Returns rows int32 [N], ascending, and values float32 [N, H].
+    """
+    is_trained = torch.is_grad_enabled() and hidden.requires_grad
+    if is_triton(hidden.device) and launch.is_supported(weights) and not is_trained:
+        with torch.cuda.device(hidden.device):  # triton launches on the current device
+            return launch.shard_partial(hidden, expert_ids, expert_weights, weights)
+    if hidden.device.type == "cpu" and not is_trained:
+        return cpu.shard_partial(hidden, expert_ids, expert_weights, weights)
+    return reference.shard_partial(hidden, expert_ids, expert_weights, weights)

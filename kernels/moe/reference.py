@@ -7,21 +7,23 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from chiasm.kernels.quant.formats import ExpertMatrices
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardWeights:
     """Weights of one layer's experts [first, first + E_s) of a bank.
 
-    gate_up: [E_s, 2*I, H], gate rows first. down: [E_s, H, I].
+    gate_up: E_s matrices [2*I, H], gate rows first. down: E_s matrices [H, I].
     """
 
     first: int
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: ExpertMatrices
+    down: ExpertMatrices
 
     @property
     def num_experts(self) -> int:
-        return self.gate_up.shape[0]
+        return self.gate_up.num_experts
 
 
 def shard_partial(
@@ -33,11 +35,11 @@ def shard_partial(
     """Sums the shard's share of each token's experts.
 
     value(t) = sum over the shard's experts e chosen for t, ascending, of
-    w(t, e) * down_e(silu(gate_e(x_t)) * up_e(x_t)); each expert runs in the model's dtype, the
-    products with w and the sum are float32.
+    w(t, e) * down_e(silu(gate_e(x_t)) * up_e(x_t)); each expert runs in the model's dtype, to which
+    low-precision weights are widened; the products with w and the sum are float32.
 
     Args:
-        hidden: [T, H] in the weights' dtype.
+        hidden: [T, H] in the model's dtype.
         expert_ids: int32 [T, K], ids within the bank; those outside the shard are ignored.
         expert_weights: float32 [T, K].
 
@@ -52,7 +54,8 @@ def shard_partial(
     values = torch.zeros(rows.numel(), hidden.shape[1], dtype=torch.float32, device=hidden.device)
     for expert in torch.unique(local[mine]).tolist():
         token, choice = (local == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(hidden[token], weights.gate_up[expert]).chunk(2, dim=-1)
-        out = F.linear(F.silu(gate) * up, weights.down[expert])
+        gate_up = weights.gate_up.dequantize(expert, hidden.dtype)
+        gate, up = F.linear(hidden[token], gate_up).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, weights.down.dequantize(expert, hidden.dtype))
         values.index_add_(0, slot[token], out.float() * expert_weights[token, choice, None])
     return rows.to(torch.int32), values

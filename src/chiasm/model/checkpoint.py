@@ -7,7 +7,7 @@ be dropped. Only safetensors are read: pickle files can run code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from chiasm.errors import DataLoss, InvalidArgument, NotFound
 from chiasm.model.config import ModelConfig
 from chiasm.model.layouts import Piece, detect
+from chiasm.model.manifest import Manifest
 from chiasm.model.section import Section
 from chiasm.model.shapes import Shape, expert_prefix
 from chiasm.types import Modality
@@ -30,9 +31,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams")
 class Checkpoint:
     """An open checkpoint directory. One thread uses it at a time.
 
-    `on_bytes` is called with the size of each tensor as it is read. Raises NotFound when the
-    directory has no weights, InvalidArgument when their format or layout is not supported and
-    DataLoss when a file is cut short.
+    `on_bytes` is called with the size of each tensor as it is read. With `verify` each file is
+    compared with the manifest's checksum before it is first read. Raises NotFound when the
+    directory has no weights, or with `verify` no manifest, InvalidArgument when their format or
+    layout is not supported and DataLoss when a file is cut short or fails its checksum.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Checkpoint:
         config: ModelConfig,
         *,
         on_bytes: Callable[[int], None] | None = None,
+        verify: bool = False,
     ) -> None:
+        self._manifest = Manifest.load(directory) if verify else None
         self.bytes_read = 0
         """Bytes copied out of the files so far."""
         self._config = config
@@ -69,10 +73,7 @@ class Checkpoint:
         tensor = torch.cat(views) if len(views) > 1 else _copy(views[0])
         if shape is not None and tensor.shape != shape:
             raise InvalidArgument(name, f"has the shape {list(tensor.shape)}, not {list(shape)}")
-        num_bytes = tensor.numel() * tensor.element_size()
-        self.bytes_read += num_bytes
-        if self._on_bytes is not None:
-            self._on_bytes(num_bytes)
+        self._count(tensor)
         return tensor
 
     def expert(
@@ -86,6 +87,33 @@ class Checkpoint:
             raise InvalidArgument("expert", f"{expert} is not among the bank's experts")
         prefix = expert_prefix(self._config.text, layer, modality, expert)
         return self.get(f"{prefix}gate_up_proj.weight"), self.get(f"{prefix}down_proj.weight")
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Every stored tensor's key and the file that holds it."""
+        return self._files
+
+    def keys_of(self, name: str) -> set[str]:
+        """Keys of the stored tensors that a canonical name is made of."""
+        return {piece.key for piece in self._naming.pieces(name)}
+
+    def stored_name(self, name: str) -> str:
+        """A canonical name of the language model, or the beginning of one, as stored here."""
+        return self._naming.text_prefix + name.removeprefix("model.")
+
+    def read_into(self, key: str, target: torch.Tensor) -> None:
+        """Copies the tensor stored under `key`, which no layout renames, to memory of the caller.
+
+        Its shape must be the target's. Codes and scales of low precision are never converted, so an
+        integer tensor must be of the target's dtype. Raises as `get` does.
+        """
+        view = self._view(key, Piece(key=key, shape=tuple(target.shape)))
+        if view.dtype != target.dtype and not (
+            view.is_floating_point() and target.is_floating_point()
+        ):
+            raise InvalidArgument(key, f"has the dtype {view.dtype}, not {target.dtype}")
+        target.copy_(view)
+        self._count(view)
 
     def close(self) -> None:
         """Drops the mappings. Tensors already read stay valid."""
@@ -101,6 +129,11 @@ class Checkpoint:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        self.bytes_read += tensor.nbytes
+        if self._on_bytes is not None:
+            self._on_bytes(tensor.nbytes)
 
     def _locate(self, directory: Path) -> dict[str, Path]:
         """Stored key -> its file."""
@@ -121,6 +154,8 @@ class Checkpoint:
 
     def _file(self, file: Path) -> Any:
         if file not in self._open:
+            if self._manifest is not None:
+                self._manifest.check(file)
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except SafetensorError as error:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from chiasm.model import quantization
+from chiasm.model.quantization import Quantization
 from chiasm.model.section import Section
 from chiasm.model.token_ids import TokenIds, read_token_ids
 from chiasm.types import Modality
@@ -97,6 +99,8 @@ class ModelConfig:
     dtype: Dtype
     video_advance: VideoAdvance
     """A video moves the next position by its longest axis, or by its longest side in space."""
+    quantization: Quantization
+    """How the routed experts are stored."""
 
     @classmethod
     def load(cls, directory: Path, video_advance: str | None = None) -> ModelConfig:
@@ -122,6 +126,7 @@ class ModelConfig:
             layout=_layout(root),
             dtype=_dtype(root),
             video_advance=_ADVANCES[advance],
+            quantization=quantization.read(root, text.num_layers),
         )
 
 

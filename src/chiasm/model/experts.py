@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 
 from chiasm import errors
+from chiasm.kernels import native
 from chiasm.kernels.moe import ShardWeights, shard_partial
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
+from chiasm.model.expert_weights import Bank, read_experts
 from chiasm.model.moe import Partial
 from chiasm.types import Modality, shard_experts
 
@@ -48,10 +50,25 @@ class ExpertBank:
             for weights in layers.values()
         )
 
+    @property
+    def precision(self) -> str:
+        """How the weights are stored: one word, or several joined by + where layers differ."""
+        layers = self.config.text.moe_layers
+        formats = (self.config.quantization.of(layer, self.modality) for layer in layers)
+        dense = str(self.dtype).removeprefix("torch.")
+        words = [dense if form.is_stored else form.precision for form in formats]
+        return "+".join(dict.fromkeys(words)) or dense
+
+    def weights(self, layer: int, shard: int) -> ShardWeights:
+        """A loaded shard's weights of one layer."""
+        return self._shards[shard][layer]
+
     def load(
         self, checkpoint: Checkpoint, shard: int, *, on_layer: Callable[[], None] | None = None
     ) -> None:
         """Reads one shard, and nothing else, from the checkpoint."""
+        if self.device.type == "cpu":
+            native.library()  # compiled now rather than during the first dispatch
         layers = {}
         for layer in self.config.text.moe_layers:
             layers[layer] = self._read(checkpoint, layer, shard)
@@ -88,16 +105,14 @@ class ExpertBank:
         return found
 
     def _read(self, checkpoint: Checkpoint, layer: int, shard: int) -> ShardWeights:
-        """Copies the shard's experts of one layer into two contiguous tensors."""
-        text = self.config.text
-        experts = shard_experts(shard, self.num_shards, text.num_experts)
-        width = text.expert_intermediate(self.modality)
-        shape = (len(experts), 2 * width, text.hidden_size)
-        gate_up = torch.empty(shape, dtype=self.dtype, device=self.device)
-        shape = (len(experts), text.hidden_size, width)
-        down = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for i, expert in enumerate(experts):
-            stored_gate_up, stored_down = checkpoint.expert(layer, self.modality, expert)
-            gate_up[i].copy_(stored_gate_up)
-            down[i].copy_(stored_down)
+        experts = shard_experts(shard, self.num_shards, self.config.text.num_experts)
+        bank = Bank(
+            config=self.config,
+            layer=layer,
+            modality=self.modality,
+            format=self.config.quantization.of(layer, self.modality),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        gate_up, down = read_experts(checkpoint, bank, experts)
         return ShardWeights(first=experts.start, gate_up=gate_up, down=down)

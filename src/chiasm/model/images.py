@@ -13,11 +13,11 @@ from PIL import Image
 
 from chiasm.errors import InvalidArgument
 from chiasm.model.geometry import image_grid
-from chiasm.model.patches import Patches, normalize, patchify, resize
-from chiasm.model.probe import MAX_IMAGE_PIXELS, open_image, orientation
+from chiasm.model.patches import Patches, RawPatches, patchify, resize
+from chiasm.model.probe import MAX_IMAGE_PIXELS, Source, open_image, orientation
 from chiasm.model.processing import ProcessingConfig
 
-__all__ = ["Patches", "preprocess_image"]
+__all__ = ["Patches", "preprocess_image", "read_image"]
 
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,26 +31,33 @@ _TO_UPRIGHT = {
 
 
 def preprocess_image(
-    data: bytes, processing: ProcessingConfig, *, max_pixels: int = MAX_IMAGE_PIXELS
+    source: Source, processing: ProcessingConfig, *, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Patches:
+    """What `read_image` reads, normalised."""
+    return read_image(source, processing, max_pixels=max_pixels).normalized()
+
+
+def read_image(
+    source: Source, processing: ProcessingConfig, *, max_pixels: int = MAX_IMAGE_PIXELS
+) -> RawPatches:
     """Decodes, turns upright, resizes and patches one image (of an animation, its first frame).
 
     Raises InvalidArgument("image") for what is no JPEG, PNG, WebP, GIF or BMP, is damaged or cut
     short, or declares more than `max_pixels`.
     """
-    rgb = _decode(data, max_pixels)
+    rgb = _decode(source, max_pixels)
     height, width, _ = rgb.shape
     grid = image_grid(width, height, processing)
     patch_size = processing.patch_size
     image = torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
     image = resize(image, grid.h * patch_size, grid.w * patch_size)
     rows = patchify(image, patch_size=patch_size, merge_size=processing.spatial_merge_size)
-    return Patches(pixels=normalize(rows, processing.image), grid=grid)
+    return RawPatches(levels=rows, grid=grid, settings=processing.image)
 
 
-def _decode(data: bytes, max_pixels: int) -> np.ndarray:
+def _decode(source: Source, max_pixels: int) -> np.ndarray:
     """[H, W, 3] uint8, upright as transformers' own file loaders turn it."""
-    image = open_image(data, max_pixels=max_pixels)
+    image = open_image(source, max_pixels=max_pixels)
     turn = _TO_UPRIGHT.get(orientation(image))
     try:
         rgb = _to_rgb(image)

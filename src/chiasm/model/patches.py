@@ -26,6 +26,26 @@ class Patches:
     grid: Grid
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawPatches:
+    """Patches before normalisation, in a quarter of the memory. Normalised part by part, the values
+    are those of the whole."""
+
+    levels: Tensor
+    """[N, C, patch * patch] uint8, ordered as `Patches.pixels`."""
+    grid: Grid
+    settings: PixelSettings
+
+    def rows(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+        """Rows [start, stop) as `Patches.pixels` has them, on `device` if one is given."""
+        levels = self.levels[start:stop]
+        return normalize(levels if device is None else levels.to(device), self.settings)
+
+    def normalized(self) -> Patches:
+        """All of them."""
+        return Patches(pixels=self.rows(0, len(self.levels)), grid=self.grid)
+
+
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """[C, H, W] uint8 to [C, height, width] uint8, bicubic with antialiasing."""
     if image.shape[-2:] == (height, width):
@@ -50,6 +70,6 @@ def normalize(patches: Tensor, settings: PixelSettings) -> Tensor:
     """[N, C, P] uint8 to [N, C * P] float32."""
     # Multiplying first and subtracting after would round differently from the reference.
     scale = 1.0 / settings.rescale_factor
-    mean = (torch.tensor(settings.mean) * scale)[:, None]
-    std = (torch.tensor(settings.std) * scale)[:, None]
+    mean = (torch.tensor(settings.mean) * scale)[:, None].to(patches.device)
+    std = (torch.tensor(settings.std) * scale)[:, None].to(patches.device)
     return patches.to(torch.float32).sub_(mean).div_(std).flatten(1)

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 from PIL import Image
@@ -28,6 +28,10 @@ _MARGINS = 256 * 256
 # Demuxers that read the bytes at hand. Others (hls, dash, concat, ...) open whatever file or
 # address a playlist names.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+
+
+Source = bytes | BinaryIO
+"""A media file: its bytes, or an open file, which is read from its beginning and left open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +65,14 @@ def check_size(field: str, width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
+def open_image(source: Source, *, max_pixels: int) -> Image.Image:
     """The image with its header read and its pixels not.
 
     Raises InvalidArgument("image") for an unknown format, a damaged header or a declared size above
     `max_pixels`.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        image = Image.open(_opened(source), formats=_IMAGE_FORMATS)
     except Exception as error:  # on damaged headers Pillow raises almost anything
         raise _not_an_image(error) from None
     check_size("image", image.width, image.height, max_pixels)
@@ -85,15 +89,15 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def probe_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+def probe_image(source: Source, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """Width and height of the upright image, from the header alone. Raises as `open_image`."""
-    image = open_image(data, max_pixels=max_pixels)
+    image = open_image(source, max_pixels=max_pixels)
     width, height = image.size
     return (height, width) if orientation(image) in _SIDEWAYS else (width, height)
 
 
 @contextmanager
-def open_video(data: bytes, limits: VideoLimits) -> Iterator[tuple[Any, Any]]:
+def open_video(source: Source, limits: VideoLimits) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream, ready to decode.
 
     Whatever FFmpeg finds wrong within the block is raised as InvalidArgument("video"); so are a
@@ -104,7 +108,7 @@ def open_video(data: bytes, limits: VideoLimits) -> Iterator[tuple[Any, Any]]:
     bound = {"max_pixels": str(2 * limits.max_pixels + _MARGINS)}
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none", **bound}
     try:
-        with av.open(io.BytesIO(data), options=options, metadata_errors="ignore") as container:
+        with av.open(_opened(source), options=options, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise InvalidArgument("video", "has no video stream")
             stream = container.streams.video[0]
@@ -119,15 +123,22 @@ def open_video(data: bytes, limits: VideoLimits) -> Iterator[tuple[Any, Any]]:
         raise InvalidArgument("video", f"cannot be decoded: {error}") from None
 
 
-def probe_video(data: bytes, limits: VideoLimits) -> VideoInfo:
+def probe_video(source: Source, limits: VideoLimits) -> VideoInfo:
     """What the container declares. Raises as `open_video`."""
-    with open_video(data, limits) as (_, stream):
+    with open_video(source, limits) as (_, stream):
         return VideoInfo(
             width=stream.width,
             height=stream.height,
             num_frames=stream.frames or None,
             fps=float(stream.average_rate) if stream.average_rate else None,
         )
+
+
+def _opened(source: Source) -> BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    source.seek(0)
+    return source
 
 
 def _not_an_image(error: Exception) -> InvalidArgument:

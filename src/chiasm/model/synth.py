@@ -8,6 +8,7 @@ generator, seeded by name: the same seed gives the same bytes, whatever the orde
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import numpy as np
 import torch
 
 from chiasm.errors import InvalidArgument
-from chiasm.model import synth_tokenizer
+from chiasm.model import quantization, synth_tokenizer
+from chiasm.model.config import ModelConfig
+from chiasm.model.quantization import STORED, WRITTEN
 from chiasm.model.shapes import Shape
+from chiasm.model.synth_experts import uniform, write_experts
 from chiasm.model.writer import DTYPES, FP32_SUFFIXES, Dimensions, write_description, write_weights
 
 # Chosen so that greedy answers wander over many words with clear margins, while float32 noise stays
@@ -46,36 +50,85 @@ PRESETS = {
         max_pixels=28 * 28 * 1024,
         shard_bytes=2 << 20,
     ),
+    "ernie-4.5-vl-28b-a3b": Dimensions(
+        num_bpe_tokens=512,
+        vocab_size=103424,
+        hidden_size=2560,
+        intermediate_size=12288,
+        num_layers=28,
+        num_heads=20,
+        num_kv_heads=4,
+        mrope_section=(22, 22, 20),
+        max_position_embeddings=131072,
+        moe_k=6,
+        num_experts=64,
+        text_intermediate=1536,
+        vision_intermediate=512,
+        num_shared_experts=2,
+        vision_depth=32,
+        vision_hidden_size=1280,
+        vision_num_heads=16,
+        vision_mlp_ratio=4,
+        max_pixels=28 * 28 * 6177,
+        shard_bytes=1 << 30,
+    ),
 }
 
 
+def find(name: str) -> Dimensions:
+    """Those of a preset. Raises InvalidArgument for an unknown one."""
+    if name not in PRESETS:
+        raise InvalidArgument("preset", f"{name!r} is none of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 def synthesize(
-    directory: Path, *, preset: str | Dimensions = "tiny", seed: int = 0, dtype: str = "bfloat16"
+    directory: Path,
+    *,
+    preset: str | Dimensions = "tiny",
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    experts: str = STORED,
 ) -> None:
     """Writes a random checkpoint with configuration and tokenizer into `directory`.
 
     `preset` is a name of PRESETS or dimensions of one's own. Weights are bfloat16 values stored as
-    `dtype`; routers and their biases are float32, as published. Raises InvalidArgument for an
-    unknown preset or dtype and for a directory that is not empty.
+    `dtype`; routers and their biases are float32, as published. `experts` is the precision of the
+    routed ones: STORED is `dtype` too. Raises InvalidArgument for an unknown preset, dtype or
+    precision and for a directory that is not empty.
     """
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise InvalidArgument("preset", f"{preset!r} is none of {', '.join(PRESETS)}")
-        preset = PRESETS[preset]
+    preset = find(preset) if isinstance(preset, str) else preset
     if dtype not in DTYPES:
         raise InvalidArgument("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
+    if experts not in (STORED, *WRITTEN):
+        raise InvalidArgument("experts", f"{experts!r} is none of {STORED}, {', '.join(WRITTEN)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidArgument("directory", f"{directory} exists and is not an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = synth_tokenizer.train(preset.num_bpe_tokens)
     config = write_description(directory, preset, tokenizer, dtype=dtype)
     readable = synth_tokenizer.readable_ids(tokenizer)
+    written: dict[str, str] = {}
+    if experts != STORED:
+        config = _in_low_precision(directory, config, experts)
+        written = write_experts(directory, config, seed=seed, gain=_gain)
     write_weights(
         directory,
         config,
         lambda name, shape: _rounded(name, _draw(name, shape, seed, readable)),
         shard_bytes=preset.shard_bytes,
+        is_wanted=lambda name: not written or ".mlp.experts." not in name,
+        written=written,
     )
+
+
+def _in_low_precision(directory: Path, config: ModelConfig, precision: str) -> ModelConfig:
+    """Says so in config.json; returns the configuration as it is then."""
+    file = directory / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values[quantization.KEY] = uniform(config, precision).block()
+    file.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return ModelConfig.load(directory)
 
 
 def _rounded(name: str, values: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -105,5 +158,8 @@ def _draw(name: str, shape: Shape, seed: int, readable: list[int]) -> np.ndarray
     if len(shape) == 1:
         return 1 + values * np.float32(0.1)
     fan_in = shape[0] if name.endswith(FP32_SUFFIXES) else shape[1]
-    gain = next((g for part, g in _GAINS.items() if part in name), 1.0)
-    return values * np.float32(gain * fan_in**-0.5)
+    return values * np.float32(_gain(name) * fan_in**-0.5)
+
+
+def _gain(name: str) -> float:
+    return next((gain for part, gain in _GAINS.items() if part in name), 1.0)

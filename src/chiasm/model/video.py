@@ -1,7 +1,8 @@
 """Video files to patches, as transformers' Ernie4_5_VLMoeVideoProcessor prepares decoded frames.
 
 Which frames to take is decided before any is decoded; then frames pass one at a time through
-stamping, resizing and patching, so memory holds one full frame and the patches. Frames are counted
+stamping, resizing and patching, so memory holds one full frame and the patches of those taken, a
+byte a value, however long the video is. Frames are counted
 and decoded in presentation order; a rotation asked for by the container is not applied, as in the
 PyAV reader of transformers.
 """
@@ -16,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from chiasm.errors import InvalidArgument
 from chiasm.model.geometry import DEFAULT_FPS, num_sampled_frames, smart_resize
-from chiasm.model.patches import Patches, normalize, patchify, resize
-from chiasm.model.probe import VideoLimits, check_size, open_video, probe_video
+from chiasm.model.patches import Patches, RawPatches, patchify, resize
+from chiasm.model.probe import Source, VideoLimits, check_size, open_video, probe_video
 from chiasm.model.processing import ProcessingConfig, VideoSettings
 from chiasm.types import Grid
 
@@ -26,21 +27,28 @@ _STAMP_SIZE = 0.1
 
 
 def preprocess_video(
-    data: bytes, processing: ProcessingConfig, *, limits: VideoLimits | None = None
+    source: Source, processing: ProcessingConfig, *, limits: VideoLimits | None = None
 ) -> Patches:
+    """What `read_video` reads, normalised."""
+    return read_video(source, processing, limits=limits).normalized()
+
+
+def read_video(
+    source: Source, processing: ProcessingConfig, *, limits: VideoLimits | None = None
+) -> RawPatches:
     """Samples, stamps, resizes and patches a video; an odd last frame is doubled.
 
     Raises InvalidArgument("video") for what cannot be decoded, has no frame, exceeds `limits`, or
     has more than max_frames frames where the checkpoint does not sample.
     """
     limits = limits or VideoLimits()
-    info = probe_video(data, limits)
-    total = info.num_frames or _count_frames(data, limits)
+    info = probe_video(source, limits)
+    total = info.num_frames or _count_frames(source, limits)
     indices = sample_indices(total, info.fps, processing.video)
     times = _timestamps(indices, info.fps, processing.video)
     rows: torch.Tensor | None = None
     grid, taken = Grid(0, 0, 0), 0
-    for frame in _frames(data, indices, limits):
+    for frame in _frames(source, indices, limits):
         if rows is None:
             grid = _frame_grid(frame, processing)
             rows = _allocate(len(indices), grid, processing)
@@ -78,10 +86,10 @@ def _timestamps(
     return list(torch.tensor(indices, dtype=torch.int32) / pace)
 
 
-def _count_frames(data: bytes, limits: VideoLimits) -> int:
+def _count_frames(source: Source, limits: VideoLimits) -> int:
     """For containers that do not tell. Decodes: packets and frames are not one to one."""
     count = 0
-    with open_video(data, limits) as (container, stream):
+    with open_video(source, limits) as (container, stream):
         for _ in container.decode(stream):
             count += 1
             if count > limits.max_frames:
@@ -91,11 +99,11 @@ def _count_frames(data: bytes, limits: VideoLimits) -> int:
     return count
 
 
-def _frames(data: bytes, indices: Sequence[int], limits: VideoLimits) -> Iterator[np.ndarray]:
+def _frames(source: Source, indices: Sequence[int], limits: VideoLimits) -> Iterator[np.ndarray]:
     """The frames at `indices`, [H, W, 3] uint8, all of one size."""
     wanted, last = set(indices), indices[-1]
     size: tuple[int, int] | None = None
-    with open_video(data, limits) as (container, stream):
+    with open_video(source, limits) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
             if index > last:
                 return
@@ -118,8 +126,9 @@ def _frame_grid(frame: np.ndarray, processing: ProcessingConfig) -> Grid:
 
 
 def _allocate(num_frames: int, grid: Grid, processing: ProcessingConfig) -> torch.Tensor:
-    """[frames + 1, patches, 3 * patch * patch]; the last frame leaves room to double one."""
-    return torch.empty(num_frames + 1, grid.num_patches, 3 * processing.patch_size**2)
+    """[frames + 1, patches, 3, patch * patch]; the last frame leaves room to double one."""
+    shape = (num_frames + 1, grid.num_patches, 3, processing.patch_size**2)
+    return torch.empty(shape, dtype=torch.uint8)
 
 
 def _prepare(
@@ -128,14 +137,13 @@ def _prepare(
     grid: Grid,
     processing: ProcessingConfig,
 ) -> torch.Tensor:
-    """One frame to [patches, 3 * patch * patch]."""
+    """One frame to uint8 [patches, 3, patch * patch]."""
     if seconds is not None:
         frame = _stamp(frame, timestamp_text(seconds), processing.video)
     patch_size = processing.patch_size
     image = torch.from_numpy(frame).permute(2, 0, 1).contiguous()
     image = resize(image, grid.h * patch_size, grid.w * patch_size)
-    rows = patchify(image, patch_size=patch_size, merge_size=processing.spatial_merge_size)
-    return normalize(rows, processing.video.pixels)
+    return patchify(image, patch_size=patch_size, merge_size=processing.spatial_merge_size)
 
 
 def _stamp(frame: np.ndarray, text: str, video: VideoSettings) -> np.ndarray:
@@ -155,9 +163,13 @@ def _stamp(frame: np.ndarray, text: str, video: VideoSettings) -> np.ndarray:
     return np.array(image)
 
 
-def _merged(rows: torch.Tensor, taken: int, grid: Grid, processing: ProcessingConfig) -> Patches:
+def _merged(rows: torch.Tensor, taken: int, grid: Grid, processing: ProcessingConfig) -> RawPatches:
     """Frames in whole groups of temporal_merge_size (2): a missing last one is a copy."""
     if taken % processing.temporal_merge_size:
         rows[taken] = rows[taken - 1]
         taken += 1
-    return Patches(pixels=rows[:taken].flatten(0, 1), grid=Grid(taken, grid.h, grid.w))
+    return RawPatches(
+        levels=rows[:taken].flatten(0, 1),
+        grid=Grid(taken, grid.h, grid.w),
+        settings=processing.video.pixels,
+    )

@@ -6,7 +6,7 @@ Bytes depend on nothing but what is passed in.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Dimensions:
     """Bound of an image's size after resizing."""
     shard_bytes: int
     """Size at which the next safetensors file begins."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0: the tokenizer's, rounded up."""
 
 
 def write_description(
@@ -73,15 +75,19 @@ def write_weights(
     tensor: Callable[[str, Shape], torch.Tensor],
     *,
     shard_bytes: int,
+    is_wanted: Callable[[str], bool] = lambda _: True,
+    written: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `tensor(name, shape)` of every tensor of `config`, by canonical name.
+    """Writes `tensor(name, shape)` of every tensor of `config` that is wanted, by canonical name.
 
     They are stored as config.dtype, routers and their biases as float32. A file closes when it has
-    reached `shard_bytes`; of several there is an index.
+    reached `shard_bytes`; of several there is an index. written: files of tensors that are there
+    already, by tensor.
     """
     shapes, dtype = tensor_shapes(config), DTYPES[config.dtype]
+    shapes = {name: shape for name, shape in shapes.items() if is_wanted(name)}
     shards = list(_cut(shapes, dtype, shard_bytes))
-    weight_map, total_size = {}, 0
+    weight_map, total_size = dict(written or {}), 0
     for number, names in enumerate(shards, start=1):
         tensors = {}
         for name in names:
@@ -90,18 +96,19 @@ def write_weights(
             tensors[name] = value
             total_size += value.nbytes
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = "model.safetensors" if len(shards) == 1 else file
+        file = "model.safetensors" if len(shards) == 1 and not written else file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # safetensors makes it private; a pool's user reads it too
         weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
+    if len(shards) > 1 or written:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _config(dimensions: Dimensions, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """config.json with the hub's flat keys."""
-    vocab_size = -(-tokenizer.get_vocab_size() // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    num_tokens = max(tokenizer.get_vocab_size(), dimensions.vocab_size)
+    vocab_size = -(-num_tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     last = dimensions.num_layers - 1
     return {
         "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],

@@ -1,0 +1,71 @@
+// Matrices in full width, the same bits as `dequantize` of kernels/quant/formats.py.
+#include "formats.h"
+
+#if defined(__AVX512VBMI__) && !defined(CHIASM_GENERIC)
+#define LANES 1
+#include "lanes.h"
+#endif
+
+namespace {
+
+// One group of a row: out = levels by the format's formula, float32.
+void decode_group(const Stack& s, int64_t row, int64_t group, int count, float* out) {
+  int32_t whole[GROUP];
+  const int64_t at = row * s.groups() + group;
+  levels(s, s.codes + row * s.row_bytes(), group * GROUP, count, whole);
+  if (s.format == INT8) {
+    const float scale = static_cast<const float*>(s.scale)[row];
+    for (int i = 0; i < count; ++i) out[i] = float(whole[i]) * scale;
+  } else if (s.format == INT4) {
+    const float scale = widen(static_cast<const uint16_t*>(s.scale)[at]);
+    const float zero = widen(static_cast<const uint16_t*>(s.aux)[at]);
+    for (int i = 0; i < count; ++i) out[i] = float(whole[i] - 8) * scale + zero;
+  } else {
+    const float scale = static_cast<const float*>(s.scale)[row];
+    const int32_t local = static_cast<const uint8_t*>(s.aux)[at];
+    for (int i = 0; i < count; ++i) out[i] = float(whole[i] * local) * scale;
+  }
+}
+
+void store(const float* values, int count, float* out) { std::copy(values, values + count, out); }
+
+void store(const float* values, int count, uint16_t* out) {
+  for (int i = 0; i < count; ++i) out[i] = narrow(values[i]);
+}
+
+template <typename Out>
+void decode_row(const Stack& s, int64_t row, Out* out) {
+  float values[GROUP];
+  for (int64_t group = 0; group < s.groups(); ++group) {
+    const int count = int(std::min<int64_t>(GROUP, s.k - group * GROUP));
+    decode_group(s, row, group, count, values);
+    store(values, count, out + group * GROUP);
+  }
+}
+
+template <typename Out>
+void decode(const Stack& s, int64_t first, int64_t count, Out* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; ++i) {
+    Out* to = out + i * s.k;
+#ifdef LANES
+    if (decode_row_lanes(s, first + i, to)) continue;
+#endif
+    decode_row(s, first + i, to);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Rows [first, first + count) of the stack seen as one matrix of e * n rows.
+void chiasm_decode_float32(const Stack* s, int64_t first, int64_t count, float* out, int threads) {
+  decode(*s, first, count, out, threads);
+}
+
+void chiasm_decode_bfloat16(
+    const Stack* s, int64_t first, int64_t count, uint16_t* out, int threads) {
+  decode(*s, first, count, out, threads);
+}
+}

@@ -1,0 +1,60 @@
+// What kernels/quant/formats.py says of the formats, as C++ sees it. One matrix is [n, k], row by row.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+constexpr int GROUP = 128;
+constexpr int STATES = 256;
+
+enum Format : int32_t { INT8 = 0, INT4 = 1, TCQ2 = 2 };
+
+// A stack of matrices. scale: int8 float [e, n]; int4 bfloat16 [e, n, groups]; tcq2 (`row`) float
+// [e, n]. aux: int4 (`zero`) bfloat16 [e, n, groups]; tcq2 (`local`) uint8 [e, n, groups].
+struct Stack {
+  int32_t format;
+  int64_t n, k;
+  const uint8_t* codes;
+  const void* scale;
+  const void* aux;
+  const int8_t* table;
+
+  int64_t groups() const { return (k + GROUP - 1) / GROUP; }
+  int64_t row_bytes() const { return format == INT8 ? k : format == INT4 ? k / 2 : k / 4; }
+};
+
+inline float widen(uint16_t bfloat) {
+  uint32_t bits = uint32_t(bfloat) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// To nearest, ties to even, as torch rounds; finite values only.
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// The whole numbers of one group of a row, before any scale: int8 codes, nibbles, or table levels.
+// `row` points at the row's codes; `count` weights from weight `first`, a multiple of GROUP.
+inline void levels(const Stack& s, const uint8_t* row, int64_t first, int count, int32_t* out) {
+  if (s.format == INT8) {
+    for (int i = 0; i < count; ++i) out[i] = int8_t(row[first + i]);
+  } else if (s.format == INT4) {
+    for (int i = 0; i < count / 2; ++i) {
+      uint8_t byte = row[first / 2 + i];
+      out[2 * i] = byte & 15;
+      out[2 * i + 1] = byte >> 4;
+    }
+  } else {
+    uint32_t window = first ? row[first / 4 - 1] : 0;
+    for (int i = 0; i < count / 4; ++i) {
+      window = (window << 8) | row[first / 4 + i];
+      for (int j = 0; j < 4; ++j) out[4 * i + j] = s.table[(window >> (6 - 2 * j)) & 255];
+    }
+  }
+}

@@ -1,0 +1,56 @@
+// The products of linear.cpp without AVX-512: levels are widened, and the compiler makes the best of
+// it. Included there.
+
+template <int F>
+struct Laid {
+  std::unique_ptr<float[]> values;
+  int64_t k;
+
+  Laid(int64_t k, int64_t rows) : values(new float[rows * k]), k(k) {}
+  void fill(int64_t row, const uint16_t* x, int64_t) const {
+    for (int64_t i = 0; i < k; ++i) values[row * k + i] = widen(x[i]);
+  }
+};
+
+// A group's weights but for the row's scale.
+void widen_group(const Stack& s, int64_t row, int64_t group, int count, float* out) {
+  const int64_t at = row * s.groups() + group;
+  int32_t whole[GROUP];
+  levels(s, s.codes + row * s.row_bytes(), group * GROUP, count, whole);
+  float scale = 1, zero = 0;
+  if (s.format == INT4) {
+    scale = widen(static_cast<const uint16_t*>(s.scale)[at]);
+    zero = widen(static_cast<const uint16_t*>(s.aux)[at]) - 8 * scale;
+  } else if (s.format == TCQ2) {
+    scale = static_cast<const uint8_t*>(s.aux)[at];
+  }
+  for (int i = 0; i < count; ++i) out[i] = float(whole[i]) * scale + zero;
+}
+
+template <int F, class Row>
+void multiply(const Stack& s, const Laid<F>& x, const Row*, const Part& part) {
+  std::unique_ptr<float[]> totals(new float[part.rows]);
+  for (int64_t j = part.begin; j < part.end; ++j) {
+    const int64_t row = part.expert * s.n + j;
+    std::fill(totals.get(), totals.get() + part.rows, 0.0f);
+    for (int64_t g = 0; g < s.groups(); ++g) {
+      const int count = int(std::min<int64_t>(GROUP, s.k - g * GROUP));
+      float value[GROUP];
+      widen_group(s, row, g, count, value);
+      for (int64_t m = 0; m < part.rows; ++m) {
+        const float* xs = x.values.get() + part.index[m] * x.k + g * GROUP;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < count; ++i) sum += value[i] * xs[i];
+        totals[m] += sum;
+      }
+    }
+    const float scale = s.format == INT4 ? 1 : static_cast<const float*>(s.scale)[row];
+    for (int64_t m = 0; m < part.rows; ++m) part.out[m * s.n + j] = narrow(totals[m] * scale);
+  }
+}
+
+struct Table;
+using Int8Row = Table;
+using Int4Row = Table;
+using Tcq2Row = Table;

@@ -1,0 +1,129 @@
+// The formats on AVX-512 with VBMI: 64 codes of a byte each at a time.
+#pragma once
+#include <immintrin.h>
+
+#include "formats.h"
+
+// 256 bytes by index, in four registers.
+struct Table {
+  __m512i part[4];
+
+  Table(const int8_t* table, uint8_t flip) {
+    for (int i = 0; i < 4; ++i) {
+      const __m512i signed_ = _mm512_loadu_si512(table + 64 * i);
+      part[i] = _mm512_xor_si512(signed_, _mm512_set1_epi8(char(flip)));
+    }
+  }
+
+  __m512i operator()(__m512i index) const {
+    const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
+    const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+  }
+};
+
+// For step i of 8, each of the 16 lanes' group among 16: 2i for the first 8 lanes, 2i + 1 for the rest.
+alignas(64) inline const int32_t SPREAD[128] = {
+#define STEP(i) \
+  2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i + 1, 2 * i + 1, 2 * i + 1, \
+      2 * i + 1, 2 * i + 1, 2 * i + 1, 2 * i + 1, 2 * i + 1
+    STEP(0), STEP(1), STEP(2), STEP(3), STEP(4), STEP(5), STEP(6), STEP(7)
+#undef STEP
+};
+
+inline __mmask64 first_bytes(int64_t count) {
+  return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+}
+
+// The states of the weights 4i + j of 64 bytes, one register for each j. `before` holds for every
+// byte the one before it.
+inline void states_by_plane(__m512i bytes, __m512i before, __m512i plane[4]) {
+  const __m512i keep6 = _mm512_set1_epi8(char(0xFC)), keep4 = _mm512_set1_epi8(char(0xF0)),
+                keep2 = _mm512_set1_epi8(char(0xC0));
+  // Shifts are of 16 bits; what they drag in from the neighbouring byte is masked away:
+  // 0xCA takes the second operand where the first has ones, else the third.
+  plane[0] = _mm512_ternarylogic_epi32(
+      keep6, _mm512_slli_epi16(before, 2), _mm512_srli_epi16(bytes, 6), 0xCA);
+  plane[1] = _mm512_ternarylogic_epi32(
+      keep4, _mm512_slli_epi16(before, 4), _mm512_srli_epi16(bytes, 4), 0xCA);
+  plane[2] = _mm512_ternarylogic_epi32(
+      keep2, _mm512_slli_epi16(before, 6), _mm512_srli_epi16(bytes, 2), 0xCA);
+  plane[3] = bytes;
+}
+
+// The states of 64 weights in order, of 16 bytes and those before them.
+inline __m512i states_in_order(__m128i bytes, __m128i before) {
+  const __m512i window = _mm512_or_si512(
+      _mm512_slli_epi32(_mm512_cvtepu8_epi32(before), 8), _mm512_cvtepu8_epi32(bytes));
+  const __m512i shift = _mm512_set1_epi64(0x2022242600020406ll);
+  return _mm512_multishift_epi64_epi8(shift, window);
+}
+
+inline void store16(__m512 low, __m512 high, float* out) {
+  _mm512_storeu_ps(out, low);
+  _mm512_storeu_ps(out + 16, high);
+}
+
+inline void store16(__m512 low, __m512 high, uint16_t* out) {
+  const __m512i bits[2] = {_mm512_castps_si512(low), _mm512_castps_si512(high)};
+  __m256i half[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits[i], 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits[i], _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    half[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half[0]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), half[1]);
+}
+
+// 64 whole numbers as int8, scaled by `value`, to out.
+template <typename Out, typename Value>
+inline void store64(__m512i whole, Value value, Out* out) {
+  const __m128i part[4] = {
+      _mm512_castsi512_si128(whole), _mm512_extracti32x4_epi32(whole, 1),
+      _mm512_extracti32x4_epi32(whole, 2), _mm512_extracti32x4_epi32(whole, 3)};
+  for (int i = 0; i < 4; i += 2)
+    store16(
+        value(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i]))),
+        value(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i + 1]))), out + 16 * i);
+}
+
+// A row of whole groups; false when it is none.
+template <typename Out>
+inline bool decode_row_lanes(const Stack& s, int64_t row, Out* out) {
+  if (s.k % GROUP) return false;
+  const uint8_t* codes = s.codes + row * s.row_bytes();
+  const int64_t groups = s.groups();
+  if (s.format == INT8) {
+    const __m512 scale = _mm512_set1_ps(static_cast<const float*>(s.scale)[row]);
+    const auto value = [&](__m512 v) { return _mm512_mul_ps(v, scale); };
+    for (int64_t k = 0; k < s.k; k += 64) store64(_mm512_loadu_si512(codes + k), value, out + k);
+  } else if (s.format == INT4) {
+    const auto* scales = static_cast<const uint16_t*>(s.scale) + row * groups;
+    const auto* zeros = static_cast<const uint16_t*>(s.aux) + row * groups;
+    for (int64_t k = 0; k < s.k; k += 64) {
+      const __m512 scale = _mm512_set1_ps(widen(scales[k / GROUP]));
+      const __m512 zero = _mm512_set1_ps(widen(zeros[k / GROUP]));
+      const __m512i byte = _mm512_cvtepu8_epi16(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + k / 2)));
+      const __m512i nibbles = _mm512_and_si512(
+          _mm512_or_si512(byte, _mm512_slli_epi16(byte, 4)), _mm512_set1_epi8(15));
+      const __m512i whole = _mm512_sub_epi8(nibbles, _mm512_set1_epi8(8));
+      store64(whole, [&](__m512 v) { return _mm512_fmadd_ps(v, scale, zero); }, out + k);
+    }
+  } else {
+    const Table table(s.table, 0);
+    const auto* locals = static_cast<const uint8_t*>(s.aux) + row * groups;
+    const __m512 scale = _mm512_set1_ps(static_cast<const float*>(s.scale)[row]);
+    for (int64_t k = 0; k < s.k; k += 64) {
+      const uint8_t* at = codes + k / 4;
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+      const __m128i before = _mm_maskz_loadu_epi8(k ? 0xFFFF : 0xFFFE, at - 1);
+      const __m512 local = _mm512_set1_ps(float(locals[k / GROUP]));
+      // Level times local is exact, so there is one rounding, as specified.
+      const auto value = [&](__m512 v) { return _mm512_mul_ps(_mm512_mul_ps(v, local), scale); };
+      store64(table(states_in_order(bytes, before)), value, out + k);
+    }
+  }
+  return true;
+}

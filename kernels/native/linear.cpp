@@ -1,0 +1,268 @@
+// Products of few rows with low-precision matrices, which are read once, as they are stored.
+//
+// Sums within a group are exact; those over groups are float32, in one order, so a row's result does
+// not depend on the other rows, nor on the number of threads.
+#include <memory>
+
+#include "formats.h"
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && !defined(CHIASM_GENERIC)
+#include "laid.h"
+#define LANES 1
+#endif
+
+namespace {
+
+constexpr int64_t CHUNK = 32;  // rows of a matrix that a thread takes at a time
+
+// Rows index[begin[r]], .., index[end[r] - 1] of x go through matrix expert[r].
+struct Runs {
+  int32_t count;
+  const int32_t *expert, *begin, *end, *index;
+};
+
+// A piece of work: rows [begin, end) of one matrix times some rows of x.
+struct Part {
+  int64_t expert, begin, end, rows;
+  const int32_t* index;
+  uint16_t* out;
+};
+
+#ifdef LANES
+
+constexpr int64_t AHEAD = 4096;  // bytes; not every machine prefetches streams by itself
+
+// A row of a matrix. load: the codes of step i as unsigned bytes by plane, of which `count` are
+// there. lanes: the scale of each lane of step i. finish: the row's result from the lanes' sum.
+struct Int8Row {
+  const uint8_t* codes;
+  float scale;
+
+  Int8Row(const Stack& s, int64_t row, const Table*)
+      : codes(s.codes + row * s.k), scale(static_cast<const float*>(s.scale)[row]) {}
+  template <bool IS_EDGE>
+  void load(int64_t i, int64_t count, __m512i plane[4]) const {
+    for (int p = 0; p < 4; ++p) {
+      const uint8_t* at = codes + 256 * i + 64 * p;
+      const __m512i code =
+          IS_EDGE ? _mm512_maskz_loadu_epi8(first_bytes(count - 64 * p), at) : _mm512_loadu_si512(at);
+      plane[p] = _mm512_xor_si512(code, _mm512_set1_epi8(char(0x80)));
+    }
+  }
+  __m512 lanes(int64_t) const { return _mm512_set1_ps(1); }
+  float finish(float total, const float*) const { return total * scale; }
+};
+
+struct Int4Row {
+  const uint8_t* codes;
+  int64_t groups;
+  const uint16_t *scale, *zero;
+
+  Int4Row(const Stack& s, int64_t row, const Table*)
+      : codes(s.codes + row * (s.k / 2)),
+        groups(s.groups()),
+        scale(static_cast<const uint16_t*>(s.scale) + row * groups),
+        zero(static_cast<const uint16_t*>(s.aux) + row * groups) {}
+  template <bool IS_EDGE>
+  void load(int64_t i, int64_t count, __m512i plane[2]) const {
+    const uint8_t* at = codes + 64 * i;
+    const __m512i code =
+        IS_EDGE ? _mm512_maskz_loadu_epi8(first_bytes(count), at) : _mm512_loadu_si512(at);
+    const __m512i low = _mm512_set1_epi8(15);
+    plane[0] = _mm512_and_si512(code, low);
+    plane[1] = _mm512_and_si512(_mm512_srli_epi16(code, 4), low);
+  }
+  __m512 lanes(int64_t i) const { return _mm512_set1_ps(widen(scale[i])); }
+  float finish(float total, const float* sum) const {
+    __m512 shift = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g += 16) {
+      const __mmask16 mask = __mmask16(first_bytes(std::min<int64_t>(16, groups - g)));
+      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, zero + g));
+      const __m512 z = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+      shift = _mm512_fmadd_ps(z, _mm512_maskz_loadu_ps(mask, sum + g), shift);
+    }
+    return total + _mm512_reduce_add_ps(shift);
+  }
+};
+
+struct Tcq2Row {
+  const Table& table;
+  const uint8_t* codes;
+  int64_t groups;
+  const uint8_t* local;
+  float scale;
+  __m512 near;  // the local scales of 16 groups, two of which are a step
+
+  Tcq2Row(const Stack& s, int64_t row, const Table* t)
+      : table(*t),
+        codes(s.codes + row * (s.k / 4)),
+        groups(s.groups()),
+        local(static_cast<const uint8_t*>(s.aux) + row * groups),
+        scale(static_cast<const float*>(s.scale)[row]) {}
+  template <bool IS_EDGE>
+  void load(int64_t i, int64_t count, __m512i plane[4]) const {
+    const uint8_t* at = codes + 64 * i;
+    __m512i code, before;
+    if (IS_EDGE) {
+      const __mmask64 mask = first_bytes(count);
+      code = _mm512_maskz_loadu_epi8(mask, at);
+      before = _mm512_maskz_loadu_epi8(i ? mask : mask & ~1ull, at - 1);  // before a row is a zero
+    } else {
+      code = _mm512_loadu_si512(at);
+      before = _mm512_loadu_si512(at - 1);
+    }
+    __m512i state[4];
+    states_by_plane(code, before, state);
+    for (int p = 0; p < 4; ++p) plane[p] = table(state[p]);
+  }
+  __m512 lanes(int64_t i) {
+    if (i % 8 == 0) {
+      const int64_t left = std::min<int64_t>(16, groups - 2 * i);
+      const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16(first_bytes(left)), local + 2 * i);
+      near = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    }
+    return _mm512_permutexvar_ps(_mm512_load_si512(SPREAD + 16 * (i % 8)), near);
+  }
+  float finish(float total, const float*) const { return total * scale; }
+};
+
+// R rows of the matrix times M rows of x, over all steps.
+template <int F, class Row, int R, int M>
+struct Product {
+  Row* row;
+  const Laid<F>& x;
+  int64_t start[M];
+  __m512 total[R][M];
+
+  Product(Row* row, const Laid<F>& x, const int32_t* index) : row(row), x(x) {
+    for (int m = 0; m < M; ++m) start[m] = index[m] * x.steps;
+    for (auto& of_row : total)
+      for (auto& lanes : of_row) lanes = _mm512_setzero_ps();
+  }
+
+  template <bool IS_EDGE>
+  void step(int64_t i, int64_t count) {
+    constexpr int P = Shape<F>::planes;
+    __m512i plane[R][P];
+    __m512 lanes[R];
+    for (int r = 0; r < R; ++r) {
+      for (int line = 0; line < Shape<F>::codes; line += 64)
+        _mm_prefetch(row[r].codes + Shape<F>::codes * i + line + AHEAD, _MM_HINT_T0);
+      row[r].template load<IS_EDGE>(i, count, plane[r]);
+      lanes[r] = row[r].lanes(i);
+    }
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = start[m] + i;
+      const int8_t* bytes = x.bytes + at * P * 128;
+      const __m512 scale = _mm512_load_ps(x.scale + at * 16);
+      for (int r = 0; r < R; ++r) {
+        __m512i high = _mm512_setzero_si512(), low = _mm512_load_si512(x.correction + at * 16);
+        for (int p = 0; p < P; ++p) {
+          high = _mm512_dpbusd_epi32(high, plane[r][p], _mm512_load_si512(bytes + 128 * p));
+          low = _mm512_dpbusd_epi32(low, plane[r][p], _mm512_load_si512(bytes + 128 * p + 64));
+        }
+        const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+        const __m512 unit = F == INT8 ? scale : _mm512_mul_ps(lanes[r], scale);
+        total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), unit, total[r][m]);
+      }
+    }
+  }
+
+  void run(int64_t row_bytes, uint16_t* out, int64_t n) {
+    constexpr int64_t width = Shape<F>::codes;
+    const int64_t whole = row_bytes / width;
+    step<true>(0, row_bytes);
+    for (int64_t i = 1; i < whole; ++i) step<false>(i, width);
+    if (row_bytes % width && whole) step<true>(whole, row_bytes % width);
+    for (int m = 0; m < M; ++m) {
+      const float* sum = x.sum + start[m] / x.steps * x.groups;
+      for (int r = 0; r < R; ++r)
+        out[m * n + r] = narrow(row[r].finish(_mm512_reduce_add_ps(total[r][m]), sum));
+    }
+  }
+};
+
+template <int F, class Row, int M>
+void tile(const Stack& s, const Laid<F>& x, const Table* table, const Part& part, int64_t m) {
+  for (int64_t j = part.begin; j < part.end; j += 2) {
+    const int64_t at = part.expert * s.n + j;
+    Row rows[2] = {Row(s, at, table), Row(s, at + (j + 1 < part.end), table)};
+    uint16_t* out = part.out + m * s.n + j;
+    if (j + 1 < part.end)
+      Product<F, Row, 2, M>(rows, x, part.index + m).run(s.row_bytes(), out, s.n);
+    else
+      Product<F, Row, 1, M>(rows, x, part.index + m).run(s.row_bytes(), out, s.n);
+  }
+}
+
+template <int F, class Row>
+void multiply(const Stack& s, const Laid<F>& x, const Table* table, const Part& part) {
+  int64_t m = 0;
+  // Few rows of x at a time: they stay in the nearest cache while those of the matrix pass.
+  for (; m + 4 <= part.rows; m += 4) tile<F, Row, 4>(s, x, table, part, m);
+  for (; m + 2 <= part.rows; m += 2) tile<F, Row, 2>(s, x, table, part, m);
+  for (; m < part.rows; ++m) tile<F, Row, 1>(s, x, table, part, m);
+}
+
+#else
+#include "generic.h"
+#endif
+
+template <int F, class Row>
+void linear(
+    const Stack& s, const uint16_t* x, int64_t num_rows, const Runs& runs, uint16_t* out,
+    const Table* table, int threads) {
+  const Laid<F> laid(s.k, num_rows);
+  const int64_t chunks = (s.n + CHUNK - 1) / CHUNK;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < num_rows; ++row) laid.fill(row, x + row * s.k, s.k);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < runs.count * chunks; ++item) {
+      const int64_t run = item / chunks, first = runs.begin[run], begin = item % chunks * CHUNK;
+      Part part;
+      part.expert = runs.expert[run];
+      part.rows = runs.end[run] - first;
+      part.index = runs.index + first;
+      part.begin = begin;
+      part.end = std::min(s.n, begin + CHUNK);
+      part.out = out + first * s.n;
+      multiply<F, Row>(s, laid, table, part);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Row i of out [.., n] = row index[i] of x [num_rows, k] times a matrix transposed: that of expert[r]
+// for i in [begin[r], end[r]); rows of no run are left alone. x and out are bfloat16.
+void chiasm_linear(
+    const Stack* s, const uint16_t* x, int64_t num_rows, int32_t num_runs, const int32_t* expert,
+    const int32_t* begin, const int32_t* end, const int32_t* index, uint16_t* out, int threads) {
+  const Runs runs{num_runs, expert, begin, end, index};
+  const Table* table = nullptr;
+#ifdef LANES
+  std::unique_ptr<Table> loaded;
+  if (s->format == TCQ2) loaded.reset(new Table(s->table, 0x80));
+  table = loaded.get();
+#endif
+  if (s->format == INT8)
+    linear<INT8, Int8Row>(*s, x, num_rows, runs, out, table, threads);
+  else if (s->format == INT4)
+    linear<INT4, Int4Row>(*s, x, num_rows, runs, out, table, threads);
+  else
+    linear<TCQ2, Tcq2Row>(*s, x, num_rows, runs, out, table, threads);
+}
+
+// Whether the products use the instructions above.
+int chiasm_has_lanes() {
+#ifdef LANES
+  return 1;
+#else
+  return 0;
+#endif
+}
+}

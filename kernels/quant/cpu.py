@@ -1,0 +1,158 @@
+"""Products with stacks of matrices on a CPU: which way is fastest for how many rows.
+
+Few bfloat16 rows are multiplied with the codes as they are stored (kernels/native/linear.cpp), so
+that a matrix is read once and in its few bits. For many rows, and for float32, a matrix is widened
+first and multiplied by torch; one widened matrix is held at a time, and none is kept. A row's
+result depends on the rows of its own run alone, never on the other runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from chiasm.kernels import native
+from chiasm.kernels.quant.formats import (
+    DenseMatrices,
+    ExpertMatrices,
+    Int4Matrices,
+    Int8Matrices,
+    Tcq2Matrices,
+)
+from chiasm.kernels.quant.hadamard import RotatedMatrices, rotate
+
+MAX_FUSED_ROWS = 32
+"""Of a run: with more, to widen the matrix costs less than to read its codes for every few rows."""
+
+MAX_DENSE_ROWS = 4
+"""Of a run with a bfloat16 matrix: with more, torch's product is as fast as memory."""
+
+_INT8, _INT4, _TCQ2 = range(3)
+
+
+class _Stack(ctypes.Structure):
+    """`Stack` of kernels/native/formats.h."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("aux", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """Rows by expert: `index[begin[r]:end[r]]` go through the matrix of `experts[r]`.
+
+    index: int32 [P]. The runs are disjoint and together all of it.
+    """
+
+    experts: Sequence[int]
+    begin: Sequence[int]
+    end: Sequence[int]
+    index: torch.Tensor
+
+
+def linear(matrices: ExpertMatrices, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """x [M, K] @ one matrix^T -> [M, N]."""
+    index = torch.arange(x.shape[0], dtype=torch.int32)
+    return grouped_linear(
+        matrices, x, Runs(experts=(expert,), begin=(0,), end=(x.shape[0],), index=index)
+    )
+
+
+def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """x [T, K] -> [P, N]: row i is x[index[i]] @ matrix^T of its run's expert."""
+    if isinstance(matrices, RotatedMatrices):
+        return grouped_linear(matrices.inner, rotate(x), runs)
+    out = x.new_empty(runs.index.numel(), matrices.shape[0])
+    most = _most_rows(matrices, x)
+    few = []
+    for run in zip(runs.experts, runs.begin, runs.end, strict=True):
+        expert, begin, end = run
+        if end - begin <= most:
+            few.append(run)
+        else:
+            weight = widened(matrices, expert, x.dtype)
+            torch.mm(x[runs.index[begin:end]], weight.t(), out=out[begin:end])
+    if few:
+        x, index = x.contiguous(), runs.index.contiguous()
+        lists = torch.tensor(few, dtype=torch.int32).t().contiguous()
+        _multiply(matrices, x, len(few), *map(_pointer, (*lists, index, out)))
+    return out
+
+
+def _most_rows(matrices: ExpertMatrices, x: torch.Tensor) -> int:
+    """Rows of a run up to which the compiled products are there and worth their while."""
+    if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or native.library() is None:
+        return 0
+    if isinstance(matrices, DenseMatrices):
+        is_plain = matrices.weight.dtype is x.dtype and matrices.weight.is_contiguous()
+        return MAX_DENSE_ROWS if is_plain and native.has_bfloat16() else 0
+    return MAX_FUSED_ROWS if _stack(matrices) is not None else 0
+
+
+def _multiply(
+    matrices: ExpertMatrices, x: torch.Tensor, num_runs: int, *lists: ctypes.c_void_p
+) -> None:
+    """The runs of few rows. lists: experts, begins, ends, index, out."""
+    library = native.library()
+    assert library is not None  # or no run would have been of few rows
+    count, threads = ctypes.c_int32(num_runs), torch.get_num_threads()
+    if isinstance(matrices, DenseMatrices):
+        shape = map(ctypes.c_int64, matrices.shape)
+        weight = _pointer(matrices.weight)
+        library.chiasm_dense(weight, *shape, _pointer(x), count, *lists, threads)
+        return
+    stack = _stack(matrices)
+    assert stack is not None
+    num_rows = ctypes.c_int64(x.shape[0])
+    library.chiasm_linear(ctypes.byref(stack), _pointer(x), num_rows, count, *lists, threads)
+
+
+def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """`matrices.dequantize(expert, dtype)`, the same bits, by the fastest way there is."""
+    stack = _stack(matrices)
+    library = native.library() if stack is not None else None
+    if stack is None or library is None or dtype not in (torch.float32, torch.bfloat16):
+        return matrices.dequantize(expert, dtype)
+    rows, width = matrices.shape
+    out = torch.empty(rows, width, dtype=dtype)
+    decode = (
+        library.chiasm_decode_float32 if dtype is torch.float32 else library.chiasm_decode_bfloat16
+    )
+    decode(
+        ctypes.byref(stack),
+        ctypes.c_int64(expert * rows),
+        ctypes.c_int64(rows),
+        _pointer(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _stack(matrices: ExpertMatrices) -> _Stack | None:
+    """What the C++ needs to know; None for what it does not read. Borrows the tensors' memory."""
+    tensors: tuple[torch.Tensor, ...]
+    if isinstance(matrices, Int8Matrices):
+        kind, tensors = _INT8, (matrices.codes, matrices.scale)
+    elif isinstance(matrices, Int4Matrices):
+        kind, tensors = _INT4, (matrices.codes, matrices.scale, matrices.zero)
+    elif isinstance(matrices, Tcq2Matrices):
+        kind, tensors = _TCQ2, (matrices.codes, matrices.row, matrices.local, matrices.table)
+    else:
+        return None
+    if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
+        return None
+    return _Stack(kind, *matrices.shape, *(t.data_ptr() for t in tensors))
+
+
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

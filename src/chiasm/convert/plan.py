@@ -1,0 +1,230 @@
+"""What a conversion will write: files, their tensors and formats. Reads headers, no weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from chiasm.errors import InvalidArgument
+from chiasm.kernels.quant import table
+from chiasm.kernels.quant.hadamard import BLOCK
+from chiasm.model.checkpoint import Checkpoint
+from chiasm.model.config import ModelConfig
+from chiasm.model.expert_weights import DOWN, FIELDS, GATE_UP, TABLE_KEY, Bank, check_width
+from chiasm.model.quantization import STORED, WRITTEN, ExpertFormat, Quantization
+from chiasm.model.stream import DTYPES, Layout, tensor_bytes
+from chiasm.types import Modality
+
+VERSION = 1
+PRECISIONS = (STORED, *WRITTEN)
+_TABLE_FILE = "experts-table.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Precisions by bank; the first layers, which suffer most, may have their own.
+
+    is_rotated: rotate the inputs of tcq2 matrices. num_calibration: questions whose activations
+    weigh the errors of int4 and tcq2; 0: none.
+    """
+
+    text_experts: str = STORED
+    vision_experts: str = STORED
+    first_layers: int = 0
+    first_precision: str = "int8"
+    is_rotated: bool = False
+    num_calibration: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("text_experts", "vision_experts", "first_precision"):
+            if getattr(self, field) not in PRECISIONS:
+                raise InvalidArgument(
+                    field, f"{getattr(self, field)!r} is none of {', '.join(PRECISIONS)}"
+                )
+        if self.first_layers < 0:
+            raise InvalidArgument("first_layers", "must be at least 0")
+
+    def quantization(self, config: ModelConfig) -> Quantization:
+        """The format of every layer and bank."""
+        layers = config.text.moe_layers
+        formats = {}
+        banks = {Modality.TEXT: self.text_experts, Modality.VISION: self.vision_experts}
+        for modality, precision in banks.items():
+            for number, layer in enumerate(layers):
+                # A bank that stays as it is stays so in all layers.
+                is_first = number < self.first_layers and precision != STORED
+                chosen = self.first_precision if is_first else precision
+                if chosen != STORED:
+                    formats[layer, modality] = ExpertFormat(
+                        chosen, self.is_rotated and chosen == "tcq2"
+                    )
+        needs_table = any(form.precision == "tcq2" for form in formats.values())
+        checksum = table.checksum(table.load()) if needs_table else ""
+        return Quantization(formats=formats, table_sha256=checksum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyFile:
+    """Tensors of one source file that stay as they are, under their stored names."""
+
+    name: str
+    source: Path
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableFile:
+    """The table of tcq2."""
+
+    name: str
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFile:
+    """One layer's experts of one bank, in their new format."""
+
+    name: str
+    bank: Bank
+    layout: Layout
+
+
+PlannedFile = CopyFile | TableFile | ExpertFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """files: in the order of writing. fingerprint: of the source and everything that decides."""
+
+    source: Path
+    config: ModelConfig
+    options: Options
+    quantization: Quantization
+    files: tuple[PlannedFile, ...]
+    fingerprint: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors to be written."""
+        return sum(file_bytes(file) for file in self.files)
+
+
+def file_bytes(file: PlannedFile) -> int:
+    """Of a file's tensors."""
+    return sum(tensor_bytes(dtype, shape) for dtype, shape in file.layout.values())
+
+
+def make(source: Path, options: Options) -> Plan:
+    """Raises InvalidArgument for a checkpoint that is in low precision already, and for a format
+    that the model's dimensions do not allow; what Checkpoint raises for one that cannot be read."""
+    config = ModelConfig.load(source)
+    if config.quantization.formats:
+        raise InvalidArgument("model", f"{source} is in low precision already")
+    quantization = options.quantization(config)
+    with Checkpoint(source, config) as checkpoint:
+        banks = [
+            _bank(config, quantization, layer, modality)
+            for layer in config.text.moe_layers
+            for modality in Modality
+            if not quantization.of(layer, modality).is_stored
+        ]
+        replaced = set().union(*(_keys(checkpoint, bank) for bank in banks))
+        copies = list(_copies(checkpoint.files, replaced))
+    files: list[PlannedFile] = [*copies, *map(_expert_file, banks)]
+    if quantization.table_sha256:
+        files.append(TableFile(name=_TABLE_FILE, layout={TABLE_KEY: (torch.int8, (256,))}))
+    return Plan(
+        source=source,
+        config=config,
+        options=options,
+        quantization=quantization,
+        files=tuple(files),
+        fingerprint=_fingerprint(source, options, quantization),
+    )
+
+
+def tensor_names(bank: Bank, expert: int, projection: str) -> dict[str, str]:
+    """Stored name of each field of a matrix."""
+    prefix = f"{bank.prefix(expert)}{projection}."
+    return {field: prefix + field for field in FIELDS[bank.format.precision]}
+
+
+def _bank(config: ModelConfig, quantization: Quantization, layer: int, modality: Modality) -> Bank:
+    form = quantization.of(layer, modality)
+    bank = Bank(
+        config=config,
+        layer=layer,
+        modality=modality,
+        format=form,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    for projection in (GATE_UP, DOWN):
+        _, k = bank.shape(projection)
+        check_width(form.precision, k, f"{modality} experts' {projection}")
+        if form.is_rotated and k % BLOCK:
+            raise InvalidArgument(
+                "rotate",
+                f"{modality} experts' {projection} has {k} inputs, no multiple of {BLOCK}",
+            )
+    return bank
+
+
+def _keys(checkpoint: Checkpoint, bank: Bank) -> set[str]:
+    """Keys of the stored tensors that a bank's experts are read from."""
+    keys = set()
+    for expert in range(bank.config.text.num_experts):
+        for projection in (GATE_UP, DOWN):
+            keys |= checkpoint.keys_of(f"{bank.prefix(expert)}{projection}.weight")
+    return keys
+
+
+def _copies(files: Mapping[str, Path], replaced: set[str]) -> Iterator[CopyFile]:
+    """One file for each source file that keeps any of its tensors."""
+    by_file: dict[Path, list[str]] = {}
+    for key in sorted(files.keys() - replaced):
+        by_file.setdefault(files[key], []).append(key)
+    for number, (path, keys) in enumerate(sorted(by_file.items()), start=1):
+        layout = {}
+        with safe_open(path, framework="pt") as source:
+            for key in keys:
+                piece = source.get_slice(key)
+                dtype = DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise InvalidArgument(key, f"has the dtype {piece.get_dtype()}")
+                layout[key] = (dtype, tuple(piece.get_shape()))
+        yield CopyFile(name=f"model-{number:05d}.safetensors", source=path, layout=layout)
+
+
+def _expert_file(bank: Bank) -> ExpertFile:
+    layout = {}
+    for expert in range(bank.config.text.num_experts):
+        for projection in (GATE_UP, DOWN):
+            shape = bank.shape(projection)
+            fields = FIELDS[bank.format.precision]
+            for field, name in tensor_names(bank, expert, projection).items():
+                layout[name] = (fields[field].dtype, fields[field].shape(*shape))
+    name = f"experts-{bank.layer:03d}-{bank.modality}.safetensors"
+    return ExpertFile(name=name, bank=bank, layout=layout)
+
+
+def _fingerprint(source: Path, options: Options, quantization: Quantization) -> str:
+    """Changes when anything does that the output depends on."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(source.glob("*"))
+        if path.is_file()
+    ]
+    decided = {
+        "version": VERSION,
+        "files": files,
+        "block": quantization.block(),
+        "calibration": options.num_calibration,
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,181 @@
+"""Carries out a plan: file by file, expert by expert, one matrix in memory at a time.
+
+A file is renamed to its name when it is whole, then the manifest names it with its checksum. A run
+that was killed leaves whole files, and a partial one that the next run overwrites; it goes on with
+the first file that the manifest does not name. config.json comes last, so what is not complete is
+no checkpoint that anything would load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from chiasm.convert.encode import Cost, encode
+from chiasm.convert.plan import (
+    CopyFile,
+    ExpertFile,
+    Plan,
+    PlannedFile,
+    TableFile,
+    file_bytes,
+    tensor_names,
+)
+from chiasm.errors import FailedPrecondition, InvalidArgument, NotFound
+from chiasm.kernels.quant import table
+from chiasm.model import manifest
+from chiasm.model.checkpoint import Checkpoint
+from chiasm.model.expert_weights import DOWN, GATE_UP, TABLE_KEY
+from chiasm.model.manifest import FileEntry, Manifest
+from chiasm.model.quantization import BAIDU_KEY, KEY
+from chiasm.model.stream import SafetensorsStream
+from chiasm.types import Modality
+
+INDEX = "model.safetensors.index.json"
+_LOCK = "chiasm_convert.lock"
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+Importance = Callable[[int, Modality, int, str], torch.Tensor | None]
+"""Mean squares [K] of the inputs of (layer, bank, expert, projection), where they are known."""
+
+
+def nothing_known(
+    layer: int, modality: Modality, expert: int, projection: str
+) -> torch.Tensor | None:
+    """No calibration: all inputs weigh the same."""
+    return None
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    importance: Importance = nothing_known,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> Manifest:
+    """Writes `out`, or what is missing of it; `on_bytes` hears of every piece of plan.num_bytes.
+
+    Raises InvalidArgument when `out` holds anything but an unfinished or finished run of the same
+    plan, FailedPrecondition when another process is at it, and what reading the source raises.
+    """
+    if out.resolve() == plan.source.resolve():
+        raise InvalidArgument("out", "is the model's own folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        done = _resumed(plan, out)
+        with Checkpoint(plan.source, plan.config) as checkpoint:
+            for file in plan.files:
+                entry = done.files.get(file.name)
+                if entry is not None and _is_whole(out / file.name, entry):
+                    on_bytes(file_bytes(file))
+                    continue
+                writer = _Writer(checkpoint, importance, on_bytes)
+                entry = writer.write(file, out)
+                done = dataclasses.replace(done, files={**done.files, file.name: entry})
+                done.save(out)
+        _finish(plan, out)
+    return done
+
+
+class _Writer:
+    """Writes planned files from an open checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, importance: Importance, on_bytes: Callable[[int], None]
+    ) -> None:
+        self._checkpoint, self._importance, self._on_bytes = checkpoint, importance, on_bytes
+
+    def write(self, file: PlannedFile, out: Path) -> FileEntry:
+        notes: Mapping[str, Any] = {}
+        with SafetensorsStream(out / file.name, file.layout) as stream:
+            if isinstance(file, CopyFile):
+                self._copy(file, stream)
+            elif isinstance(file, TableFile):
+                stream.add(TABLE_KEY, table.load())
+            else:
+                notes = self._encode(file, stream)
+        return FileEntry(stream.sha256, stream.num_bytes, notes)
+
+    def _copy(self, file: CopyFile, stream: SafetensorsStream) -> None:
+        with safe_open(file.source, framework="pt") as source:
+            for key in file.layout:
+                tensor = source.get_tensor(key)
+                stream.add(key, tensor)
+                self._on_bytes(tensor.nbytes)
+
+    def _encode(self, file: ExpertFile, stream: SafetensorsStream) -> dict[str, Any]:
+        """Writes a bank's experts; returns what encoding cost each projection."""
+        bank = file.bank
+        costs = {GATE_UP: Cost(), DOWN: Cost()}
+        for expert in range(bank.config.text.num_experts):
+            weights = self._checkpoint.expert(bank.layer, bank.modality, expert)
+            for projection, weight in zip((GATE_UP, DOWN), weights, strict=True):
+                heed = self._importance(bank.layer, bank.modality, expert, projection)
+                tensors, cost = encode(weight, bank.format, heed)
+                costs[projection] += cost
+                for field, name in tensor_names(bank, expert, projection).items():
+                    stream.add(name, tensors[field])
+                    self._on_bytes(tensors[field].nbytes)
+        return {projection: dataclasses.asdict(cost) for projection, cost in costs.items()}
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps two runs from writing one folder. The lock goes with the process, however it ends."""
+    with (out / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FailedPrecondition(f"another process is converting to {out}") from None
+        yield
+    (out / _LOCK).unlink(missing_ok=True)
+
+
+def _resumed(plan: Plan, out: Path) -> Manifest:
+    """What an earlier run of the plan has done."""
+    try:
+        done = Manifest.load(out)
+    except NotFound:
+        if any(path.name != _LOCK and path.suffix != ".partial" for path in out.iterdir()):
+            raise InvalidArgument("out", f"{out} is not empty") from None
+        return Manifest(fingerprint=plan.fingerprint, files={})
+    if done.fingerprint != plan.fingerprint:
+        raise InvalidArgument(
+            "out", f"{out} holds a conversion of another model or with other options"
+        )
+    return done
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.num_bytes
+
+
+def _finish(plan: Plan, out: Path) -> None:
+    """Index, the other files of the model, and config.json, the last."""
+    weight_map = {key: file.name for file in plan.files for key in file.layout}
+    index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
+    _replace(out / INDEX, index)
+    for path in sorted(plan.source.iterdir()):
+        is_other = path.is_file() and not path.name.endswith(_WEIGHTS)
+        if is_other and path.name not in ("config.json", manifest.NAME):
+            shutil.copyfile(path, out / path.name)
+    config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+    config.pop(BAIDU_KEY, None)
+    if plan.quantization.formats:
+        config[KEY] = plan.quantization.block()
+    _replace(out / "config.json", config)
+
+
+def _replace(path: Path, document: object) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

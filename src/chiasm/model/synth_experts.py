@@ -1,0 +1,131 @@
+"""Random routed experts in low precision, written straight: no weight in full width is ever made.
+
+Codes are random bytes; scales are such that the weights vary as those of `synth` do. Every tensor
+is drawn from its own generator, seeded by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chiasm.kernels.quant import table
+from chiasm.model.config import ModelConfig
+from chiasm.model.expert_weights import (
+    DOWN,
+    FIELDS,
+    GATE_UP,
+    TABLE_KEY,
+    Bank,
+    Field,
+    check_width,
+)
+from chiasm.model.quantization import ExpertFormat, Quantization
+from chiasm.model.stream import SafetensorsStream
+from chiasm.types import Modality
+
+_TABLE_FILE = "experts-table.safetensors"
+_MIN_LOCAL = 192
+"""Local scales of tcq2 lie between this and 255, for they too should be read, not assumed."""
+
+
+def uniform(config: ModelConfig, precision: str) -> Quantization:
+    """All routed experts in one precision."""
+    formats = {
+        (layer, modality): ExpertFormat(precision)
+        for layer in config.text.moe_layers
+        for modality in Modality
+    }
+    is_coded = precision == "tcq2"
+    return Quantization(
+        formats=formats, table_sha256=table.checksum(table.load()) if is_coded else ""
+    )
+
+
+def write_experts(
+    directory: Path, config: ModelConfig, *, seed: int, gain: Callable[[str], float]
+) -> dict[str, str]:
+    """Writes all experts as config.quantization says; returns the file of each tensor.
+
+    gain(name): what the standard deviation of a matrix is, times the root of its inputs.
+    """
+    weight_map: dict[str, str] = {}
+    for (layer, modality), form in config.quantization.formats.items():
+        bank = Bank(
+            config=config,
+            layer=layer,
+            modality=modality,
+            format=form,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        file = f"experts-{layer:03d}-{modality}.safetensors"
+        weight_map |= dict.fromkeys(_write_bank(directory / file, bank, seed, gain), file)
+    if config.quantization.table_sha256:
+        with SafetensorsStream(
+            directory / _TABLE_FILE, {TABLE_KEY: (torch.int8, (256,))}
+        ) as stream:
+            stream.add(TABLE_KEY, table.load())
+        weight_map[TABLE_KEY] = _TABLE_FILE
+    return weight_map
+
+
+def _write_bank(file: Path, bank: Bank, seed: int, gain: Callable[[str], float]) -> list[str]:
+    fields = FIELDS[bank.format.precision]
+    matrices = {
+        f"{bank.prefix(expert)}{projection}": bank.shape(projection)
+        for expert in range(bank.config.text.num_experts)
+        for projection in (GATE_UP, DOWN)
+    }
+    layout = {
+        f"{name}.{part}": (field.dtype, field.shape(*shape))
+        for name, shape in matrices.items()
+        for part, field in fields.items()
+    }
+    with SafetensorsStream(file, layout) as stream:
+        for name, shape in matrices.items():
+            check_width(bank.format.precision, shape[1], name)
+            deviation = gain(name) / math.sqrt(shape[1])
+            for part, field in fields.items():
+                value = _draw(f"{seed}/{name}.{part}", bank.format.precision, part, field, shape)
+                if value.is_floating_point():
+                    value = value * deviation
+                stream.add(f"{name}.{part}", value.to(field.dtype))
+    return list(layout)
+
+
+def _draw(
+    key: str, precision: str, part: str, field: Field, shape: tuple[int, int]
+) -> torch.Tensor:
+    """Codes as they are stored; scales, as float32, for weights of deviation one."""
+    size = field.shape(*shape)
+    if field.dtype in (torch.uint8, torch.int8):
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+        data = np.random.default_rng(seed).bytes(math.prod(size))
+        codes = torch.frombuffer(bytearray(data), dtype=field.dtype).view(size)
+        if part == "local":
+            codes = _MIN_LOCAL + (codes >> 2)
+        return codes
+    return torch.full(size, _UNIT[precision, part]())
+
+
+def _tcq2_row() -> float:
+    local = torch.arange(_MIN_LOCAL, 256).float()
+    levels = table.load().float()
+    return 1 / float((levels.square().mean() * local.square().mean()).sqrt())
+
+
+_NIBBLES = math.sqrt((16**2 - 1) / 12)
+"""Deviation of 0..15."""
+
+_UNIT: dict[tuple[str, str], Callable[[], float]] = {
+    ("int8", "scale"): lambda: 1 / math.sqrt((256**2 - 1) / 12),
+    ("int4", "scale"): lambda: 1 / _NIBBLES,
+    ("int4", "zero"): lambda: 0.5 / _NIBBLES,  # the mean of the codes is half a step below 8
+    ("tcq2", "row"): _tcq2_row,
+}

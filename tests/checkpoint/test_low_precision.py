@@ -1,0 +1,94 @@
+"""Low-precision checkpoints that `chiasm convert` did not write, and what config.json says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint.banks import bank, matrices, wide
+from checkpoint.converters import to_paddle
+from quant import wint2_files
+from safetensors.torch import load_file
+
+from chiasm.errors import InvalidArgument
+from chiasm.kernels.quant.wint2 import Wint2Matrices
+from chiasm.model.config import ModelConfig
+from chiasm.model.synth import PRESETS, synthesize
+from chiasm.types import Modality
+
+TEXT = Modality.TEXT
+LAST = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "only 1 is supported"),
+        ({"experts": {"text": [{"layer": 9, "precision": "int8"}]}}, r"integer in 0\.\.3"),
+        ({"experts": {"text": [{"layer": 1, "precision": "int3"}]}}, "none of int8"),
+        ({"experts": {"vision": {}}}, "must be a list"),
+    ],
+)
+def test_blocks_that_cannot_be_read(
+    tiny_checkpoint: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    values = json.loads((tiny_checkpoint / "config.json").read_text())
+    values["chiasm_quantization"] = {"version": 1, "experts": {}, **change}
+    shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InvalidArgument, match=f"chiasm_quantization.*{message}"):
+        ModelConfig.load(tmp_path)
+
+
+def test_wint2_layers_are_read_and_the_others_as_they_are(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    synthesize(tmp_path / "hub", preset=wide(num_layers=4))
+    to_paddle(tmp_path / "hub", tmp_path / "paddle")
+    wint2_files.rewrite(tmp_path / "paddle", first_layer=2)
+    config = ModelConfig.load(tmp_path / "paddle")
+    assert [config.quantization.of(layer, TEXT).precision for layer in (1, 2, 3)] == [
+        "stored",
+        "wint2",
+        "wint2",
+    ]
+    found = bank(tmp_path / "paddle", TEXT, num_shards=4, shard=1)
+    assert found.precision == "float32+wint2"
+    gate_up, down = matrices(found, LAST)
+    assert isinstance(gate_up, Wint2Matrices)
+    assert (gate_up.num_experts, gate_up.shape, down.shape) == (4, (256, 128), (128, 128))
+    stored = load_file(tmp_path / "paddle" / "model.safetensors")
+    prefix = "ernie.layers.3.mlp.experts.5.up_gate_proj."
+    assert torch.equal(gate_up.codes[1].t(), stored[f"{prefix}quant_weight"])
+    assert torch.equal(gate_up.super_scale[1], stored[f"{prefix}super_scales"])
+    to_paddle(tiny_checkpoint, tmp_path / "narrow")
+    wint2_files.rewrite(tmp_path / "narrow", first_layer=1)
+    with pytest.raises(InvalidArgument, match="wint2 takes a multiple of 128 inputs, not 64"):
+        bank(tmp_path / "narrow", TEXT)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "tcq2"])
+def test_synthetic_experts_in_low_precision(precision: str, tmp_path: Path) -> None:
+    synthesize(tmp_path / "model", experts=precision, seed=3)
+    for modality in Modality:
+        found = bank(tmp_path / "model", modality)
+        assert found.precision == precision
+        gate_up, down = matrices(found, 2)
+        for stack, gain in ((gate_up, 1.0), (down, 1.5)):
+            weight = stack.dequantize(1, torch.float32)
+            assert float(weight.std() * stack.shape[1] ** 0.5) == pytest.approx(gain, rel=0.1)
+            assert abs(float(weight.mean() * stack.shape[1] ** 0.5)) < 0.1
+    synthesize(tmp_path / "again", experts=precision, seed=3)
+    for file in (tmp_path / "model").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_published_geometry_in_low_precision() -> None:
+    """27 layers of 64 text and 64 vision experts in two bits are some 7 GB."""
+    text = PRESETS["ernie-4.5-vl-28b-a3b"]
+    weights = 27 * 64 * 3 * text.hidden_size * (text.text_intermediate + text.vision_intermediate)
+    assert 27.1e9 < weights < 27.3e9

@@ -1,0 +1,189 @@
+"""The compiled products and decoders against the formats' own definition."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from quant.matrices import FORMATS, SHAPES
+from structlog.testing import capture_logs
+
+from chiasm.kernels import native
+from chiasm.kernels.native import build
+from chiasm.kernels.quant import cpu
+from chiasm.kernels.quant.formats import DenseMatrices, ExpertMatrices, Tcq2Matrices
+
+# A result is rounded to bfloat16, by up to 2^-8 of itself; without a compiler so are the weights.
+LINEAR_TOLERANCE = 8e-3
+FEW_ROWS = (1, 2, 3, 5, 9)
+
+
+@pytest.fixture(scope="module")
+def generic() -> ctypes.CDLL:
+    """The library as a processor without AVX-512 compiles it."""
+    return ctypes.CDLL(str(build.compiled(("-DCHIASM_GENERIC",))))
+
+
+@pytest.fixture(params=["this processor", "any processor", "no compiler"])
+def any_library(
+    request: pytest.FixtureRequest, generic: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.param == "any processor":
+        assert not generic.chiasm_has_lanes()
+        monkeypatch.setattr(native, "library", lambda: generic)
+        monkeypatch.setattr(native, "has_bfloat16", lambda: False)
+    elif request.param == "no compiler":
+        monkeypatch.setattr(native, "library", lambda: None)
+    else:
+        assert native.library() is not None
+
+
+def inputs(rows: int, k: int, seed: int) -> torch.Tensor:
+    """With an outlier among them, as activations have."""
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed))
+    x[:, seed % k] *= 100
+    return x.bfloat16()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.usefixtures("any_library")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_is_the_definition_bit_for_bit(name: str, shape: tuple[int, int, int]) -> None:
+    matrices = FORMATS[name](*shape, seed=sum(shape))
+    for expert in range(shape[0]):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(
+                cpu.widened(matrices, expert, dtype), matrices.dequantize(expert, dtype)
+            )
+
+
+@pytest.mark.usefixtures("any_library")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_of_few_rows(name: str, shape: tuple[int, int, int]) -> None:
+    matrices = FORMATS[name](*shape, seed=sum(shape))
+    for expert in range(shape[0]):
+        weight = matrices.dequantize(expert, torch.float32).double()
+        for rows in FEW_ROWS:
+            x = inputs(rows, shape[2], seed=rows)
+            error = relative_error(matrices.linear(x, expert), x.double() @ weight.t())
+            assert error <= LINEAR_TOLERANCE
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float32_products_are_those_of_the_widened_matrix(name: str) -> None:
+    matrices = FORMATS[name](2, 24, 256, seed=1)
+    x = inputs(5, 256, seed=2).float()
+    expected = x.double() @ matrices.dequantize(1, torch.float32).double().t()
+    assert relative_error(matrices.linear(x, 1), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
+    matrices = FORMATS[name](1, 37, 384, seed=3)
+    x = inputs(11, 384, seed=4)
+    together = matrices.linear(x, 0)
+    assert torch.equal(together, torch.cat([matrices.linear(row[None], 0) for row in x]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert torch.equal(together, matrices.linear(x, 0))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("any_library")
+@pytest.mark.parametrize("name", FORMATS)
+def test_runs_are_multiplied_with_their_own_expert(name: str) -> None:
+    """Runs of few rows and of many, out of order, rows of x used more than once."""
+    matrices = FORMATS[name](5, 20, 128, seed=5)
+    x = inputs(60, 128, seed=6)
+    index = torch.randint(0, 60, (64,), generator=torch.Generator().manual_seed(7))
+    ends = [3, 4, 60, 64]
+    runs = cpu.Runs(
+        experts=(4, 0, 2, 1), begin=[0, *ends[:-1]], end=ends, index=index.to(torch.int32)
+    )
+    found = cpu.grouped_linear(matrices, x, runs)
+    for expert, begin, end in zip(runs.experts, runs.begin, runs.end, strict=True):
+        weight = matrices.dequantize(expert, torch.float32).double()
+        expected = x[index[begin:end]].double() @ weight.t()
+        assert relative_error(found[begin:end], expected) <= LINEAR_TOLERANCE
+
+
+@pytest.mark.usefixtures("any_library")
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 9, 33)], ids=str)
+def test_products_with_bfloat16_matrices(shape: tuple[int, int, int]) -> None:
+    g = torch.Generator().manual_seed(sum(shape))
+    matrices = DenseMatrices(torch.randn(shape, generator=g).bfloat16())
+    for rows in FEW_ROWS:
+        x = inputs(rows, shape[2], seed=rows)
+        expected = x.double() @ matrices.weight[1 % shape[0]].double().t()
+        found = cpu.linear(matrices, x, 1 % shape[0])
+        assert relative_error(found, expected) <= LINEAR_TOLERANCE
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_silent_and_tiny_inputs(name: str) -> None:
+    matrices = FORMATS[name](1, 16, 256, seed=8)
+    x = torch.zeros(3, 256)
+    x[1] = 1e-20
+    x[2, 130] = 3.0
+    found = matrices.linear(x.bfloat16(), 0)
+    expected = x.bfloat16().double() @ matrices.dequantize(0, torch.float32).double().t()
+    assert not found[0].any()
+    for row in (1, 2):
+        assert relative_error(found[row], expected[row]) <= LINEAR_TOLERANCE
+
+
+@pytest.mark.parametrize("row", [1e-34, 1e-8, 1.0, 1e30])
+def test_scales_at_the_ends_of_float32(row: float) -> None:
+    given = FORMATS["tcq2"](1, 6, 256, seed=9)
+    assert isinstance(given, Tcq2Matrices)
+    matrices: ExpertMatrices = Tcq2Matrices(
+        given.codes, given.local, torch.full_like(given.row, row), given.table
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(cpu.widened(matrices, 0, dtype), matrices.dequantize(0, dtype))
+
+
+def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Path] = []
+
+    def compile_to(compiler: str, flags: list[str], path: Path) -> None:
+        compiled.append(path)
+        path.write_bytes(b"")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", compile_to)
+    first, again = build.compiled(), build.compiled()
+    other = build.compiled(("-DOTHER",))
+    assert first == again != other
+    assert compiled == [first, other]
+    assert first.is_relative_to(tmp_path / "chiasm" / "native")
+
+
+def test_without_a_compiler_the_log_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    build.library.cache_clear()
+    with capture_logs() as logs:
+        assert build.library() is None
+        assert build.library() is None
+    build.library.cache_clear()
+    assert [entry["event"] for entry in logs] == ["native_kernels_unavailable"]
+
+
+def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Path:
+        raise subprocess.CalledProcessError(1, "c++", stderr=b"linear.cpp:1: wrong\nmore")
+
+    monkeypatch.setattr(build, "compiled", fail)
+    build.library.cache_clear()
+    with capture_logs() as logs:
+        assert build.library() is None
+    build.library.cache_clear()
+    assert logs[0]["error"] == "linear.cpp:1: wrong"

@@ -1,0 +1,107 @@
+"""The trellis of tcq2: packing, and the search for the best path."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from chiasm.kernels import native
+from chiasm.kernels.quant import table, tcq2
+from chiasm.kernels.quant.formats import per_weight
+
+
+def problem(
+    rows: int, k: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights in units of their rows, local scales, importances and the table."""
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.randn(rows, k, generator=g) * 4000
+    local = torch.randint(1, 256, (rows, -(-k // 128)), generator=g).to(torch.uint8)
+    return weights, local, torch.rand(k, generator=g) + 0.1, table.load()
+
+
+def cost(
+    weights: torch.Tensor, local: torch.Tensor, heed: torch.Tensor, levels: torch.Tensor
+) -> torch.Tensor:
+    """float64 [R] of the levels that paths chose."""
+    value = levels.double() * per_weight(local.double(), weights.shape[1])
+    return ((weights.double() - value).square() * heed.double()).sum(dim=1)
+
+
+def levels_of(codes: torch.Tensor) -> torch.Tensor:
+    return table.load()[tcq2.states(codes)]
+
+
+def walk(symbols: list[int]) -> list[int]:
+    """States of a path, by the definition."""
+    state, found = 0, []
+    for symbol in symbols:
+        state = ((state << 2) | symbol) & 255
+        found.append(state)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bytes_hold_the_symbols_first_one_highest(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    symbols = torch.randint(0, 4, (5, 64), generator=g)
+    shifts = torch.tensor([6, 4, 2, 0])
+    codes = (symbols.view(5, 16, 4) << shifts).sum(dim=-1).to(torch.uint8)
+    expected = [walk(row) for row in symbols.tolist()]
+    assert tcq2.states(codes).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "seed"), [(33, 128, 0), (16, 200, 1), (7, 4, 2), (9, 516, 3)]
+)
+def test_the_compiled_search_takes_the_paths_of_the_reference(rows: int, k: int, seed: int) -> None:
+    given = problem(rows, k, seed)
+    assert torch.equal(tcq2.paths(*given), tcq2.reference_paths(*given))
+
+
+def test_ties_are_broken_alike() -> None:
+    weights, local, heed, levels = problem(6, 256, 4)
+    local[:, 1] = 0  # every path costs the same there
+    weights[0] = 0
+    given = (weights, local, heed, levels)
+    assert torch.equal(tcq2.paths(*given), tcq2.reference_paths(*given))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_no_other_path_is_better(seed: int) -> None:
+    """Against all 4^4 paths; longer ones follow because their first four symbols are any."""
+    weights, local, heed, levels = problem(3, 4, seed)
+    found = cost(weights, local, heed, levels_of(tcq2.paths(weights, local, heed, levels)))
+    every = torch.tensor([walk(list(path)) for path in itertools.product(range(4), repeat=4)])
+    best = torch.stack(
+        [cost(weights[r : r + 1], local[r : r + 1], heed, levels[every]).min() for r in range(3)]
+    )
+    torch.testing.assert_close(found, best, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_better_than_the_nearest_level_at_every_step(seed: int) -> None:
+    weights, local, heed, levels = problem(12, 256, seed)
+    best = cost(weights, local, heed, levels_of(tcq2.paths(weights, local, heed, levels)))
+    for row in range(12):
+        state, greedy = 0, []
+        for t in range(256):
+            after = [((state << 2) | symbol) & 255 for symbol in range(4)]
+            errors = (weights[row, t] - levels[after].float() * local[row, t // 128].float()).abs()
+            state = after[int(errors.argmin())]
+            greedy.append(state)
+        theirs = cost(
+            weights[row : row + 1], local[row : row + 1], heed, levels[torch.tensor([greedy])]
+        )
+        assert best[row] < theirs[0]
+
+
+def test_without_a_compiler_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(1, 12, 132, generator=torch.Generator().manual_seed(8))
+    compiled = tcq2.encode(weight)
+    monkeypatch.setattr(native, "library", lambda: None)
+    plain = tcq2.encode(weight)
+    for field in ("codes", "local", "row"):
+        assert torch.equal(getattr(compiled, field), getattr(plain, field))
