@@ -10,31 +10,39 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import grpc
-import structlog
-import torch
+import numpy as np
 
 from chiasm.membership import Topology
-from chiasm.transport.channel import open_channel
+from chiasm.services.decoder.link import Connection, ServerLink
+from chiasm.services.decoder.work import Ints
 from chiasm.transport.membership import TopologyWatcher
-from chiasm.transport.messages import CONTROL_BYTES
 from chiasm.types import Modality, shard_experts
-from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
-PROBE_TIMEOUT_S = 1.0
-"""A server that has not answered a probe for this long is still away."""
 
-PROBE_PAUSE_S = 0.1
-"""Pause between two probes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A pool at one moment. shard_of: int64 [E], the shard of each expert."""
 
-log = structlog.get_logger()
+    num_shards: int = 0
+    shard_of: Ints
+    holders: dict[int, tuple[Connection, ...]] = field(default_factory=dict)
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether each shard has a server that can be reached."""
+        return self.num_shards > 0 and all(map(self.of, range(self.num_shards)))
+
+    def of(self, shard: int) -> tuple[Connection, ...]:
+        """The servers that can compute a shard now."""
+        return tuple(c for c in self.holders.get(shard, ()) if not c.is_broken)
 
 
 class ShardHolders:
-    """Of one pool. Used from the event loop only, but `is_covered` may be read from any thread.
+    """Of one pool. For the event loop, but `placement`, always a whole one, is read by any thread.
 
-    on_gone: called with the address of every server that the topology no longer lists.
+    open_link: makes the link to a server; called with its address and what to call on a change.
     """
 
     def __init__(
@@ -43,77 +51,53 @@ class ShardHolders:
         watcher: TopologyWatcher,
         *,
         num_experts: int,
-        on_gone: Callable[[str], None],
+        open_link: Callable[[str, Callable[[], None]], ServerLink],
     ) -> None:
-        self.num_shards = 0
-        self.is_covered = False
-        self._modality, self._num_experts, self._on_gone = modality, num_experts, on_gone
+        self.placement = Placement(shard_of=np.zeros(num_experts, dtype=np.int64))
+        self._modality, self._open_link = modality, open_link
         self._topology = watcher.current
-        self._listed: set[str] = set()
-        self._away: dict[str, asyncio.Task[None]] = {}
-        self._holders: dict[int, tuple[str, ...]] = {}
-        self._shard_of = torch.zeros(num_experts, dtype=torch.long)
-        watcher.subscribe(self._on_topology)
+        self._links: dict[str, ServerLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._unsubscribe = watcher.subscribe(self._on_topology)
         self._on_topology(watcher.current)
 
-    def of(self, shard: int) -> tuple[str, ...]:
-        """Addresses of the servers that can compute a shard now."""
-        return self._holders.get(shard, ())
-
-    def shards_of(self, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The shard of each expert, int64."""
-        return self._shard_of[expert_ids.cpu().long()]
-
-    def lost(self, address: str) -> None:
-        """Takes a server out until it answers again."""
-        if address in self._listed and address not in self._away:
-            log.warning("expert_server_away", modality=self._modality, address=address)
-            self._away[address] = asyncio.create_task(self._probe(address), name=f"probe {address}")
-            self._refresh()
-
     async def close(self) -> None:
-        """Ends the probes."""
-        probes = tuple(self._away.values())
-        for probe in probes:
-            probe.cancel()
-        await asyncio.gather(*probes, return_exceptions=True)
+        """Closes all links."""
+        self._unsubscribe()
+        links = tuple(self._links.values())
+        await asyncio.gather(*(link.close() for link in links), *self._closing)
 
     def _on_topology(self, topology: Topology) -> None:
         self._topology = topology
-        listed = {member.address for member in topology.members}
-        for address in self._listed - listed:
-            if probe := self._away.pop(address, None):
-                probe.cancel()
-            self._on_gone(address)
-        self._listed = listed
-        num_shards = topology.num_shards(self._modality)
-        if num_shards != self.num_shards:
-            self.num_shards = num_shards
-            for shard in range(num_shards):
-                experts = shard_experts(shard, num_shards, self._num_experts)
-                self._shard_of[experts.start : experts.stop] = shard
+        # One that drains still answers what it has; it keeps its link for as long as it is listed.
+        listed = {m.address for m in topology.members}
+        for address in self._links.keys() - listed:
+            task = asyncio.create_task(self._links.pop(address).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        for shard in range(topology.num_shards(self._modality)):
+            for member in topology.holders(self._modality, shard):
+                if member.address not in self._links:
+                    self._links[member.address] = self._open_link(member.address, self._refresh)
         self._refresh()
 
     def _refresh(self) -> None:
-        self._holders = {
-            shard: tuple(
-                member.address
-                for member in self._topology.holders(self._modality, shard)
-                if member.address not in self._away
-            )
-            for shard in range(self.num_shards)
-        }
-        self.is_covered = self.num_shards > 0 and all(self._holders.values())
-
-    async def _probe(self, address: str) -> None:
-        async with open_channel(address, max_message_bytes=CONTROL_BYTES) as channel:
-            describe = experts_pb2_grpc.ExpertPoolStub(channel).Describe
-            while True:
-                try:
-                    await describe(experts_pb2.DescribeRequest(), timeout=PROBE_TIMEOUT_S)
-                    break
-                except grpc.RpcError:
-                    await asyncio.sleep(PROBE_PAUSE_S)
-        log.info("expert_server_back", modality=self._modality, address=address)
-        del self._away[address]
-        self._refresh()
+        topology, num_shards = self._topology, self._topology.num_shards(self._modality)
+        shard_of = self.placement.shard_of
+        if num_shards != self.placement.num_shards:
+            shard_of = np.zeros_like(shard_of)
+            for shard in range(num_shards):
+                shard_of[np.asarray(shard_experts(shard, num_shards, shard_of.size))] = shard
+        connections = {address: link.connection for address, link in self._links.items()}
+        self.placement = Placement(
+            num_shards=num_shards,
+            shard_of=shard_of,
+            holders={
+                shard: tuple(
+                    connection
+                    for member in topology.holders(self._modality, shard)
+                    if (connection := connections.get(member.address)) is not None
+                )
+                for shard in range(num_shards)
+            },
+        )

@@ -32,7 +32,11 @@ def build(
         device=torch.device(settings.device),
     )
     engine = ExpertEngine(
-        bank, model=settings.model, config=config, max_queued=settings.max_queued_dispatches
+        bank,
+        model=settings.model,
+        config=config,
+        max_queued=settings.max_queued_dispatches,
+        verify=settings.verify,
     )
     limits = DispatchLimits(
         modality=settings.modality,
@@ -42,16 +46,26 @@ def build(
         text=config.text,
     )
 
+    spec = settings.shard_spec
+
     def report() -> None:
-        held = () if servicer.draining else bank.shards
-        shard_set = ShardSet(modality=bank.modality, num_shards=bank.num_shards, shards=held)
+        # A server on its way out has nothing to offer and takes nothing.
+        shard_set = ShardSet(
+            modality=bank.modality,
+            num_shards=bank.num_shards,
+            shards=() if servicer.draining else bank.shards,
+            max_shards=settings.max_assigned if not servicer.draining else 0,
+        )
         process.member.update(shard_sets=(shard_set,))
         process.recheck()
 
     servicer = ExpertPoolServicer(engine, limits, on_change=report)
 
     async def load() -> None:
-        shards = settings.shard_spec.shards
+        if spec.is_auto:
+            report()
+            return
+        shards = spec.shards
         with loading(f"{bank.modality} experts", len(shards) * len(config.text.moe_layers)) as bar:
             await engine.assign(shards, epoch=0, on_layer=lambda: bar(1), on_change=report)
 
@@ -64,6 +78,7 @@ def build(
         is_ready=lambda _: bool(bank.shards) and not servicer.draining,
         drain=servicer.drain,
         close=close,
+        report_load=servicer.load,
     )
 
 

@@ -16,11 +16,23 @@ class ExpertPoolSettings(ServiceSettings):
 
     model: Path = Field(description="Checkpoint directory.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Element type of weights and activations."
+        "bfloat16",
+        description="Element type of activations, and of weights that are stored in full width.",
+    )
+    verify: bool = Field(
+        False,
+        description="Compare each file with the checkpoint's manifest before it is first read.",
     )
     device: str = Field("cpu", description="torch device of the weights.")
     modality: Modality = Field(description="Expert bank to serve: text or vision.")
-    shards: str = Field(description="Shards to hold, of how many: 0,1/8.")
+    shards: str = Field(
+        description="Shards to hold, of how many: 0,1/8; auto/8: those the orchestrator assigns."
+    )
+    max_shards: int = Field(
+        0,
+        ge=0,
+        description="Most shards to be assigned with --shards auto/N; 0: as many as there are.",
+    )
     max_dispatch_tokens: int = Field(
         4096, ge=1, description="Most tokens of one dispatch; bounds the message size."
     )
@@ -37,3 +49,9 @@ class ExpertPoolSettings(ServiceSettings):
     def shard_spec(self) -> ShardSpec:
         """`shards`, parsed."""
         return ShardSpec.parse(self.shards)
+
+    @property
+    def max_assigned(self) -> int:
+        """Most shards the orchestrator may assign; 0 with shards of its own."""
+        spec = self.shard_spec
+        return min(self.max_shards or spec.num_shards, spec.num_shards) if spec.is_auto else 0

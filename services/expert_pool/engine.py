@@ -1,71 +1,43 @@
-"""Runs dispatches one after the other on a compute thread and loads shards on another. No grpc."""
+"""A bank of experts, the thread that computes with it and the one that loads it. No grpc."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import structlog
-import torch
 
-from chiasm import errors
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
+from chiasm.services.expert_pool.worker import Worker
 
-T = TypeVar("T")
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timed(Generic[T]):
-    """A value and where its time went."""
-
-    value: T
-    queue_ns: int
-    compute_ns: int
 
 
 class ExpertEngine:
     """One bank, one compute thread, one loader thread."""
 
     def __init__(
-        self, bank: ExpertBank, *, model: Path, config: ModelConfig, max_queued: int
+        self,
+        bank: ExpertBank,
+        *,
+        model: Path,
+        config: ModelConfig,
+        max_queued: int,
+        verify: bool = False,
     ) -> None:
         self.bank = bank
         self.epoch = 0
         self.loading: tuple[int, ...] = ()
-        self.queued = 0
-        self._model, self._config, self._max_queued = model, config, max_queued
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self.max_queued = max_queued
+        self.worker = Worker("experts")
+        self._model, self._config, self._verify = model, config, verify
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def run(self, work: Callable[[], T], *, timeout_ns: int) -> Timed[T]:
-        """Queues `work` for the compute thread.
-
-        Raises ResourceExhausted when the queue is full and DeadlineExceeded when the work's turn
-        comes after `timeout_ns`.
-        """
-        if self.queued >= self._max_queued:
-            raise errors.ResourceExhausted("dispatch queue is full", retry_after_s=0.05)
-        self.queued += 1
-        self._idle.clear()
-        received = time.monotonic_ns()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._compute, self._timed, work, received, timeout_ns
-            )
-        finally:
-            self.queued -= 1
-            if not self.queued:
-                self._idle.set()
 
     async def assign(
         self,
@@ -99,26 +71,20 @@ class ExpertEngine:
         if on_change is not None:
             on_change()
 
-    async def wait_idle(self) -> None:
-        """Returns when nothing is queued or running."""
-        await self._idle.wait()
+    async def settled(self) -> None:
+        """Returns when everything that is queued now has been done."""
+        done, loop = asyncio.Event(), asyncio.get_running_loop()
+        self.worker.submit(lambda: _tell(loop, done))
+        await done.wait()
 
     def close(self) -> None:
         """Ends the threads after what they are doing."""
-        self._compute.shutdown(wait=False, cancel_futures=True)
+        self.worker.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
-
-    def _timed(self, work: Callable[[], T], received: int, timeout_ns: int) -> Timed[T]:
-        start = time.monotonic_ns()
-        if start - received > timeout_ns:
-            raise errors.DeadlineExceeded("dispatch waited past its deadline")
-        with torch.inference_mode():
-            value = work()
-        return Timed(value=value, queue_ns=start - received, compute_ns=time.monotonic_ns() - start)
 
     def _load(self, shard: int, on_layer: Callable[[], None] | None) -> None:
         start = time.monotonic()
-        with Checkpoint(self._model, self._config) as checkpoint:
+        with Checkpoint(self._model, self._config, verify=self._verify) as checkpoint:
             self.bank.load(checkpoint, shard, on_layer=on_layer)
             log.info(
                 "shard_loaded",
@@ -127,3 +93,9 @@ class ExpertEngine:
                 bytes_read=checkpoint.bytes_read,
                 seconds=round(time.monotonic() - start, 3),
             )
+
+
+def _tell(loop: asyncio.AbstractEventLoop, done: asyncio.Event) -> None:
+    """Sets the event from another thread; a loop that has ended waits for nothing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(done.set)

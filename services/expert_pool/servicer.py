@@ -1,30 +1,34 @@
-"""ExpertPool over gRPC: decode, compute, encode."""
+"""ExpertPool over gRPC: streams of dispatches, and what an operator asks for."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 import structlog
-import torch
-from opentelemetry import trace
 
 from chiasm import errors
+from chiasm.load import ExpertLoad
 from chiasm.services.expert_pool import wire
-from chiasm.services.expert_pool.engine import ExpertEngine, Timed
-from chiasm.telemetry import metrics, traces
+from chiasm.services.expert_pool.answers import Answers, Received
+from chiasm.services.expert_pool.engine import ExpertEngine
+from chiasm.services.expert_pool.lanes import LaneServer
+from chiasm.telemetry import metrics
+from chiasm.transport import lane
 from chiasm.transport.enums import WIRE_MODALITIES
-from chiasm.types import shard_experts
+from chiasm.transport.messages import dispatch_bytes
+from chiasm.transport.shared_memory import Arenas
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
 MAX_STREAM_DISPATCHES = 64
 """Dispatches of one stream in hand at once; beyond it the stream is read no further."""
 
-_Answers = asyncio.Queue[experts_pb2.DispatchResponse | None]
-"""Answers of one stream on their way out; None ends the stream."""
+LANE_SLOTS = 8
+"""Largest dispatches that an arena may hold."""
 
 log = structlog.get_logger()
 
@@ -39,51 +43,42 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         self, engine: ExpertEngine, limits: wire.DispatchLimits, on_change: Callable[[], None]
     ) -> None:
         self._engine, self._limits, self._on_change = engine, limits, on_change
-        self._modality = str(limits.modality)
-        queued = metrics.QUEUED_DISPATCHES.labels(self._modality)
-        queued.set_function(lambda: self._engine.queued)
+        self._answers = Answers(engine.bank, engine.worker, limits, max_queued=engine.max_queued)
+        self._lanes = (
+            LaneServer(engine.worker, self._answers, max_arena_bytes=_arena_bytes(limits))
+            if lane.is_supported()
+            else None
+        )
+        engine.worker.start()
+        metrics.QUEUED_DISPATCHES.labels(str(limits.modality)).set_function(
+            lambda: engine.worker.num_jobs
+        )
         self._assigning: set[asyncio.Task[None]] = set()
-        self._streams: set[_Answers] = set()
-        self.draining = False
+        self._streams: set[_Stream] = set()
+
+    @property
+    def draining(self) -> bool:
+        """True after Drain: new dispatches are refused."""
+        return self._answers.is_draining
 
     async def Dispatch(
         self,
         requests: AsyncIterator[experts_pb2.DispatchRequest],
         context: Context,
     ) -> AsyncIterator[experts_pb2.DispatchResponse]:
-        answers: _Answers = asyncio.Queue()
-        slots = asyncio.Semaphore(MAX_STREAM_DISPATCHES)
-        running: set[asyncio.Task[None]] = set()
-
-        async def answer(request: experts_pb2.DispatchRequest) -> None:
-            try:
-                answers.put_nowait(await self._answer(request))
-            finally:
-                slots.release()
-
-        async def read() -> None:
-            try:
-                async for request in requests:
-                    await slots.acquire()
-                    task = asyncio.create_task(answer(request))
-                    running.add(task)
-                    task.add_done_callback(running.discard)
-                await asyncio.gather(*running)
-            finally:
-                answers.put_nowait(None)
-
-        reader = asyncio.create_task(read())
-        self._streams.add(answers)
+        stream = _Stream(self._answers)
+        reader = asyncio.create_task(stream.read(requests))
+        self._streams.add(stream)
         try:
-            while (response := await answers.get()) is not None:
+            while (response := await stream.outgoing.get()) is not None:
                 yield response
             if not self.draining:
                 await reader  # what ended the stream, if it was not its end
         finally:
-            self._streams.discard(answers)
-            for task in (reader, *running):
-                task.cancel()
-            await asyncio.gather(reader, *running, return_exceptions=True)
+            stream.is_gone = True
+            self._streams.discard(stream)
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def Describe(
         self, request: experts_pb2.DescribeRequest, context: Context
@@ -95,10 +90,12 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
             loaded_shards=bank.shards,
             loading_shards=self._engine.loading,
             epoch=self._engine.epoch,
-            precision=str(bank.dtype).removeprefix("torch."),
-            queued_dispatches=self._engine.queued,
+            precision=bank.precision,
+            queued_dispatches=self._engine.worker.num_jobs,
             weight_bytes=bank.weight_bytes,
             draining=self.draining,
+            lane=self._lanes.offer if self._lanes is not None else None,
+            shard_loads=self._answers.loads.to_proto(),
         )
 
     async def Assign(
@@ -123,93 +120,67 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
     async def Drain(
         self, request: experts_pb2.DrainRequest, context: Context
     ) -> experts_pb2.PoolDescription:
-        self.draining = True
+        self._answers.is_draining = True
         self._on_change()
         return await self.Describe(experts_pb2.DescribeRequest(), context)
 
+    def load(self) -> ExpertLoad:
+        """How busy the server is."""
+        return self._answers.loads.report(queued=self._engine.worker.num_jobs)
+
     async def drain(self) -> None:
-        """Refuses new dispatches, waits for those accepted before and ends all streams.
+        """Refuses new dispatches, waits for those accepted before and ends all streams and lanes.
 
         A peer that has not heard of the end of this server would keep its stream open.
         """
-        self.draining = True
-        await self._engine.wait_idle()
-        for answers in self._streams:
-            answers.put_nowait(None)
+        self._answers.is_draining = True
+        await self._engine.settled()
+        if self._lanes is not None:
+            self._engine.worker.submit(self._lanes.close)
+            await self._engine.settled()
+        for stream in self._streams:
+            stream.outgoing.put_nowait(None)
 
     def _assigned(self, task: asyncio.Task[None]) -> None:
         self._assigning.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("assign_failed", error=str(error)[:256])
 
-    async def _answer(self, request: experts_pb2.DispatchRequest) -> experts_pb2.DispatchResponse:
-        response = experts_pb2.DispatchResponse(dispatch_id=request.dispatch_id)
+
+class _Stream:
+    """One Dispatch stream; a Caller. Used in the event loop, but for `answer`."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.is_gone = False
+        self.arenas: Arenas | None = None
+        self.outgoing: asyncio.Queue[experts_pb2.DispatchResponse | None] = asyncio.Queue()
+        self._answers = answers
+        self._in_hand = asyncio.Semaphore(MAX_STREAM_DISPATCHES)
+        self._loop = asyncio.get_running_loop()
+
+    async def read(self, requests: AsyncIterator[experts_pb2.DispatchRequest]) -> None:
+        """Queues dispatches; returns when the peer has closed its side and all are answered."""
         try:
-            with self._traced(request) as span:
-                timed = await self._run(request)
-                span.set_attribute("chiasm.queue_s", timed.queue_ns / 1e9)
-                span.set_attribute("chiasm.compute_s", timed.compute_ns / 1e9)
-            response.partials.CopyFrom(timed.value)
-            response.queue_ns, response.compute_ns = timed.queue_ns, timed.compute_ns
-            metrics.DISPATCH_QUEUE_SECONDS.labels(self._modality).observe(timed.queue_ns / 1e9)
-            metrics.DISPATCH_COMPUTE_SECONDS.labels(self._modality).observe(timed.compute_ns / 1e9)
-        except errors.ChiasmError as error:
-            self._refuse(response, error)
-        except Exception:
-            log.exception("dispatch_failed", layer=request.layer)
-            self._refuse(response, errors.Internal("internal error"))
-        return response
+            async for request in requests:
+                await self._in_hand.acquire()
+                self._answers.submit(
+                    Received(request=request, caller=self, received_ns=time.monotonic_ns())
+                )
+            for _ in range(MAX_STREAM_DISPATCHES):
+                await self._in_hand.acquire()
+        finally:
+            self.outgoing.put_nowait(None)
 
-    @contextlib.contextmanager
-    def _traced(self, request: experts_pb2.DispatchRequest) -> Iterator[trace.Span]:
-        """The dispatch's span, from receipt to answer; one without a caller has none."""
-        carrier = {"traceparent": request.traceparent, "tracestate": request.tracestate}
-        name = f"experts {self._modality}"
-        with traces.remote_child(name, carrier, kind=traces.SERVER) as span:
-            span.set_attributes(
-                {
-                    "chiasm.modality": self._modality,
-                    "chiasm.layer": request.layer,
-                    "chiasm.shards": list(request.shards),
-                    "chiasm.attempt": request.attempt,
-                }
-            )
-            if request.hidden.shape:
-                span.set_attribute("chiasm.tokens", request.hidden.shape[0])
-            yield span
+    def answer(self, response: experts_pb2.DispatchResponse) -> None:
+        """Sends an answer; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the stream
+            self._loop.call_soon_threadsafe(self._answered, response)
 
-    async def _run(self, request: experts_pb2.DispatchRequest) -> Timed[experts_pb2.Partials]:
-        if self.draining:
-            raise errors.Unavailable("server is draining", reason="DRAINING")
-        wire.check_envelope(request, self._limits)
-        return await self._engine.run(lambda: self._compute(request), timeout_ns=request.timeout_ns)
+    def _answered(self, response: experts_pb2.DispatchResponse) -> None:
+        self._in_hand.release()
+        self.outgoing.put_nowait(response)
 
-    def _refuse(self, response: experts_pb2.DispatchResponse, error: errors.ChiasmError) -> None:
-        response.error.code, response.error.message = error.code, error.message
-        metrics.DISPATCH_FAILURES.labels(self._modality, error.reason).inc()
 
-    def _compute(self, request: experts_pb2.DispatchRequest) -> experts_pb2.Partials:
-        """Runs on the compute thread."""
-        args = wire.decode(request, self._limits)
-        device = self._engine.bank.device
-        partials = self._engine.bank.partials(
-            args.layer,
-            args.shards,
-            args.hidden.to(device),
-            args.expert_ids.to(device),
-            args.expert_weights.to(device),
-        )
-        self._count(args)
-        return wire.encode(partials)
-
-    def _count(self, args: wire.DispatchArguments) -> None:
-        metrics.DISPATCH_TOKENS.labels(self._modality).inc(args.hidden.shape[0])
-        counts = torch.bincount(
-            args.expert_ids.flatten().long(), minlength=self._limits.text.num_experts
-        ).tolist()
-        for shard in args.shards:
-            for expert in shard_experts(
-                shard, self._limits.num_shards, self._limits.text.num_experts
-            ):
-                if counts[expert]:
-                    metrics.EXPERT_TOKENS.labels(self._modality, str(expert)).inc(counts[expert])
+def _arena_bytes(limits: wire.DispatchLimits) -> int:
+    text = limits.text
+    return LANE_SLOTS * dispatch_bytes(limits.max_tokens, text.hidden_size, text.moe_k)

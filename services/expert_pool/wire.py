@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from chiasm.model.config import TextConfig
 from chiasm.model.moe import Partial
 from chiasm.transport import tensors
 from chiasm.transport.enums import WIRE_MODALITIES
+from chiasm.transport.shared_memory import Arenas, Region
 from chiasm.types import Modality
 from chiasm.v1 import experts_pb2
 
@@ -68,19 +68,22 @@ def check_envelope(request: experts_pb2.DispatchRequest, limits: DispatchLimits)
     _require(1 <= shape[0] <= limits.max_tokens, "hidden.shape", f"1 to {limits.max_tokens} tokens")
 
 
-def decode(request: experts_pb2.DispatchRequest, limits: DispatchLimits) -> DispatchArguments:
+def decode(
+    request: experts_pb2.DispatchRequest, limits: DispatchLimits, arenas: Arenas | None
+) -> DispatchArguments:
     """The payload as tensors. Raises InvalidArgument or DataLoss with the field named."""
-    hidden = tensors.from_wire(request.hidden, name="hidden")
-    expert_ids = tensors.from_wire(request.expert_ids, name="expert_ids")
-    weights = tensors.from_wire(request.expert_weights, name="expert_weights")
+    arena = arenas.requests if arenas is not None else None
+    hidden = tensors.from_wire(request.hidden, name="hidden", arena=arena)
+    expert_ids = tensors.from_wire(request.expert_ids, name="expert_ids", arena=arena)
+    weights = tensors.from_wire(request.expert_weights, name="expert_weights", arena=arena)
     _require(hidden.dtype is limits.dtype, "hidden.dtype", f"this server computes {limits.dtype}")
     _require(expert_ids.dtype is torch.int32, "expert_ids.dtype", "must be int32")
     _require(weights.dtype is torch.float32, "expert_weights.dtype", "must be float32")
     chosen = (hidden.shape[0], limits.text.moe_k)
     _require(expert_ids.shape == chosen, "expert_ids.shape", f"must be {list(chosen)}")
     _require(weights.shape == chosen, "expert_weights.shape", f"must be {list(chosen)}")
-    in_bank = (expert_ids >= 0) & (expert_ids < limits.text.num_experts)
-    _require(bool(in_bank.all()), "expert_ids", f"ids must lie in 0..{limits.text.num_experts - 1}")
+    ids, last = expert_ids.numpy(), limits.text.num_experts - 1
+    _require(0 <= ids.min() <= ids.max() <= last, "expert_ids", f"ids must lie in 0..{last}")
     return DispatchArguments(
         layer=request.layer,
         shards=tuple(request.shards),
@@ -90,15 +93,23 @@ def decode(request: experts_pb2.DispatchRequest, limits: DispatchLimits) -> Disp
     )
 
 
-def encode(partials: Sequence[Partial]) -> experts_pb2.Partials:
-    """Partials, ascending in shard, as they travel."""
-    return experts_pb2.Partials(
-        shards=[
-            experts_pb2.ShardPartial(
-                shard=p.shard, rows=tensors.to_wire(p.rows), values=tensors.to_wire(p.values)
-            )
-            for p in partials
-        ]
+def answer_region(request: experts_pb2.DispatchRequest, arenas: Arenas | None) -> Region | None:
+    """Where the answer's payloads go; None: into the message.
+
+    Raises InvalidArgument where the region lies outside the arena.
+    """
+    if arenas is None:
+        return None
+    asked = request.answer_region
+    return Region(arenas.answers, asked.offset, asked.length)
+
+
+def encode(partial: Partial, region: Region | None) -> experts_pb2.ShardPartial:
+    """One shard's partial as it travels. Raises InvalidArgument when it does not fit."""
+    return experts_pb2.ShardPartial(
+        shard=partial.shard,
+        rows=tensors.to_wire(partial.rows, region),
+        values=tensors.to_wire(partial.values, region),
     )
 
 

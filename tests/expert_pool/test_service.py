@@ -263,6 +263,33 @@ def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -
         assert answers[1].error.code == code_pb2.UNAVAILABLE
 
 
+def test_describe_tells_the_load_of_each_shard(
+    stub: Stub, tiny_checkpoint: Path, config: ModelConfig
+) -> None:
+    def loads() -> dict[int, tuple[int, int]]:
+        described = stub.Describe(experts_pb2.DescribeRequest(), timeout=TIMEOUT_S)
+        assert [x.shard for x in described.shard_loads] == sorted(
+            {x.shard for x in described.shard_loads}
+        )
+        return {x.shard: (x.tokens, x.compute_ns) for x in described.shard_loads}
+
+    sizes = [1, 9, 30]
+    before = loads()
+    sent = [request(config, num_tokens=n, seed=n, dispatch_id=n) for n in sizes]
+    sent.append(request(config, num_tokens=4, seed=4, dispatch_id=4, shards=[3]))
+    answers = dispatch(stub, sent)
+    after = loads()
+    expected = {1: 0, 3: 0}
+    for answer in answers.values():
+        for partial in answer.partials.shards:
+            expected[partial.shard] += partial.rows.shape[0]
+    for shard, tokens in expected.items():
+        tokens_before, ns_before = before.get(shard, (0, 0))
+        assert after[shard][0] - tokens_before == tokens > 0
+        assert after[shard][1] > ns_before
+    assert set(after) == {1, 3}
+
+
 def test_sharding_covers_every_expert_once() -> None:
     from chiasm.types import shard_experts
 

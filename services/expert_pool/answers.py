@@ -1,0 +1,154 @@
+"""From a dispatch to its answer, on the compute thread, whichever way it came."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+import torch
+from opentelemetry import trace
+
+from chiasm import errors
+from chiasm.model.experts import ExpertBank
+from chiasm.services.expert_pool import wire
+from chiasm.services.expert_pool.loads import Loads
+from chiasm.services.expert_pool.worker import Worker
+from chiasm.telemetry import metrics, traces
+from chiasm.transport.shared_memory import Arenas
+from chiasm.v1 import experts_pb2
+
+log = structlog.get_logger()
+
+
+class Caller(Protocol):
+    """A stream or a lane: where a dispatch came from and its answer goes."""
+
+    @property
+    def is_gone(self) -> bool:
+        """True when nobody waits for answers any more."""
+        ...
+
+    @property
+    def arenas(self) -> Arenas | None:
+        """Where payloads lie; None when they are in the messages."""
+        ...
+
+    def answer(self, response: experts_pb2.DispatchResponse) -> None:
+        """Sends an answer; called on the compute thread or where the dispatch was received."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A dispatch and where and when it came."""
+
+    request: experts_pb2.DispatchRequest
+    caller: Caller
+    received_ns: int
+
+
+class Answers:
+    """Queues dispatches and answers each of them, with partials or with an error."""
+
+    def __init__(
+        self, bank: ExpertBank, worker: Worker, limits: wire.DispatchLimits, *, max_queued: int
+    ) -> None:
+        self.is_draining = False
+        self.loads = Loads(
+            limits.modality, num_shards=limits.num_shards, num_experts=limits.text.num_experts
+        )
+        self._bank, self._worker, self._limits, self._max_queued = bank, worker, limits, max_queued
+        self._modality = str(limits.modality)
+        self._queue_seconds = metrics.DISPATCH_QUEUE_SECONDS.labels(self._modality)
+        self._compute_seconds = metrics.DISPATCH_COMPUTE_SECONDS.labels(self._modality)
+
+    def submit(self, received: Received) -> None:
+        """Queues a dispatch; when it may not be, it is refused at once. From any thread."""
+        try:
+            if self.is_draining:
+                raise errors.Unavailable("server is draining", reason="DRAINING")
+            if self._worker.num_jobs >= self._max_queued:
+                raise errors.ResourceExhausted("dispatch queue is full", retry_after_s=0.05)
+        except errors.ChiasmError as error:
+            response = experts_pb2.DispatchResponse(dispatch_id=received.request.dispatch_id)
+            self._refuse(response, error)
+            received.caller.answer(response)
+        else:
+            self._worker.submit(lambda: self._run(received))
+
+    def _run(self, received: Received) -> None:
+        if not received.caller.is_gone:
+            received.caller.answer(self._answer(received))
+
+    def _answer(self, received: Received) -> experts_pb2.DispatchResponse:
+        request, start = received.request, time.monotonic_ns()
+        response = experts_pb2.DispatchResponse(dispatch_id=request.dispatch_id)
+        try:
+            with self._traced(request) as span:
+                response.queue_ns = start - received.received_ns
+                if response.queue_ns > request.timeout_ns:
+                    raise errors.DeadlineExceeded("dispatch waited past its deadline")
+                with torch.inference_mode():
+                    self._compute(request, received.caller.arenas, response.partials)
+                response.compute_ns = time.monotonic_ns() - start
+                span.set_attribute("chiasm.queue_s", response.queue_ns / 1e9)
+                span.set_attribute("chiasm.compute_s", response.compute_ns / 1e9)
+            self._queue_seconds.observe(response.queue_ns / 1e9)
+            self._compute_seconds.observe(response.compute_ns / 1e9)
+            self.loads.add_timing(queue_ns=response.queue_ns, compute_ns=response.compute_ns)
+        except errors.ChiasmError as error:
+            self._refuse(response, error)
+        except Exception:
+            log.exception("dispatch_failed", layer=request.layer)
+            self._refuse(response, errors.Internal("internal error"))
+        return response
+
+    def _compute(
+        self,
+        request: experts_pb2.DispatchRequest,
+        arenas: Arenas | None,
+        partials: experts_pb2.Partials,
+    ) -> None:
+        wire.check_envelope(request, self._limits)
+        args = wire.decode(request, self._limits, arenas)
+        region = wire.answer_region(request, arenas)
+        device = self._bank.device
+        on_device = [t.to(device) for t in (args.hidden, args.expert_ids, args.expert_weights)]
+        # One shard at a time, way back included, so that each one's time is known.
+        for shard in args.shards:
+            start = time.monotonic_ns()
+            (partial,) = self._bank.partials(args.layer, [shard], *on_device)
+            partials.shards.append(wire.encode(partial, region))
+            compute_ns = time.monotonic_ns() - start
+            self.loads.add(shard, tokens=partial.rows.numel(), compute_ns=compute_ns)
+        self.loads.add_dispatch(args.shards, args.expert_ids)
+
+    def _refuse(self, response: experts_pb2.DispatchResponse, error: errors.ChiasmError) -> None:
+        response.error.code, response.error.message = error.code, error.message
+        metrics.DISPATCH_FAILURES.labels(self._modality, error.reason).inc()
+
+    @contextlib.contextmanager
+    def _traced(self, request: experts_pb2.DispatchRequest) -> Iterator[trace.Span]:
+        """The dispatch's span; one without a caller has none."""
+        if not request.traceparent:
+            yield trace.INVALID_SPAN
+            return
+        carrier = {"traceparent": request.traceparent, "tracestate": request.tracestate}
+        name = f"experts {self._modality}"
+        with traces.remote_child(name, carrier, kind=traces.SERVER) as span:
+            if span.is_recording():
+                span.set_attributes(
+                    {
+                        "chiasm.modality": self._modality,
+                        "chiasm.layer": request.layer,
+                        "chiasm.shards": list(request.shards),
+                        "chiasm.attempt": request.attempt,
+                    }
+                )
+                if request.hidden.shape:
+                    span.set_attribute("chiasm.tokens", request.hidden.shape[0])
+            yield span

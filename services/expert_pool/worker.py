@@ -1,0 +1,82 @@
+"""The compute thread: jobs in order of arrival, from the event loop and from lanes alike.
+
+It waits for both in one place, so that a packet on a lane wakes the thread that computes it, and no
+other thread first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+Job = Callable[[], None]
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """One thread. `watch` may be called before `start`, and by jobs and handlers after it."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: deque[Job] = deque()
+        self._is_running = False
+        self._is_closed = False
+        self._selector = selectors.DefaultSelector()
+        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs waiting or running."""
+        return len(self._jobs) + self._is_running
+
+    def start(self) -> None:
+        """Begins to work."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queues a job, which must not raise; from any thread."""
+        self._jobs.append(job)
+        if threading.get_ident() != self._thread.ident:
+            self._wake()
+
+    def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
+        """Calls the handler on the compute thread whenever the descriptor can be read."""
+        self._selector.register(descriptor, selectors.EVENT_READ, on_readable)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Ends a watch, before the descriptor is closed."""
+        self._selector.unregister(descriptor)
+
+    def close(self) -> None:
+        """Ends the thread after the job it is at; what is queued is dropped."""
+        self._is_closed = True
+        self._wake()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            for key, _ in self._selector.select(0 if self._jobs else None):
+                key.data()
+            if self._jobs and not self._is_closed:
+                self._is_running = True
+                try:
+                    self._jobs.popleft()()
+                except Exception:
+                    # The thread must outlive a defect in one job.
+                    log.exception("job_failed")
+                finally:
+                    self._is_running = False
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups
+            os.write(self._wake_out, b"\0")
+
+    def _woken(self) -> None:
+        os.read(self._wake_in, 4096)

@@ -1,0 +1,38 @@
+"""Carries packets between two TUN devices, late: slow_link.py FD FD DELAY_MS LOSS."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import random
+import select
+import sys
+import time
+
+MAX_PACKET_BYTES = 1 << 16
+MAX_QUEUED = 1 << 12
+"""More than this on their way, and packets are lost, as at any router."""
+
+
+def main() -> None:
+    """Until it is killed."""
+    first, second = int(sys.argv[1]), int(sys.argv[2])
+    delay_s, loss = float(sys.argv[3]) / 1000, float(sys.argv[4])
+    other = {first: second, second: first}
+    dice = random.Random(0)
+    waiting: collections.deque[tuple[float, int, bytes]] = collections.deque()
+    while True:
+        left_s = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+        for device in select.select(list(other), [], [], left_s)[0]:
+            packet = os.read(device, MAX_PACKET_BYTES)
+            if dice.random() >= loss and len(waiting) < MAX_QUEUED:
+                waiting.append((time.monotonic() + delay_s, other[device], packet))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, device, packet = waiting.popleft()
+            with contextlib.suppress(OSError):  # the device is down, or its queue is full
+                os.write(device, packet)
+
+
+if __name__ == "__main__":
+    main()
