@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import attention, micro_batches, seam, serve
+from benchmarks import (
+    attention,
+    decode_cost,
+    elasticity,
+    experts,
+    micro_batches,
+    prefix,
+    recovery,
+    seam,
+    serve,
+    speculation,
+)
 from chiasm.bench import machine
 from chiasm.model.synth import synthesize
 
 CASES = {
     "seam": seam.run,
+    "recovery": recovery.run,
     "attention": attention.run,
     "micro_batches": micro_batches.run,
     "serve": serve.run,
+    "speculation": speculation.run,
+    "prefix": prefix.run,
+    "decode_cost": decode_cost.run,
+    "experts": experts.run,
+    "elasticity": elasticity.run,
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,20 +46,30 @@ def report(line: str) -> None:
 
 
 def main() -> None:
-    """Runs the cases named on the command line, or all, on a model made for the run."""
-    names = sys.argv[1:] or list(CASES)
+    """Runs the cases named on the command line, or all, on --model or one made for the run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--model", type=Path, help="checkpoint; default: a tiny one, made now")
+    options = parser.parse_args()
+    names = options.names or list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         sys.exit(f"unknown: {', '.join(unknown)}; there are {', '.join(CASES)}")
     RESULTS.mkdir(exist_ok=True)
     report(json.dumps(machine.describe()))
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / "tiny"
-        synthesize(model, preset="tiny", seed=0)
+        model = options.model or Path(scratch) / "tiny"
+        if options.model is None:
+            synthesize(model, preset="tiny", seed=0)
         for name in names:
             report(
                 f"== {name}: {(sys.modules[CASES[name].__module__].__doc__ or '').splitlines()[0]}"
             )
-            result = {"machine": machine.describe(), "result": CASES[name](model, report)}
+            result = {
+                "machine": machine.describe(),
+                "load_average": os.getloadavg(),  # before: whether the machine was quiet
+                "model": model.name,
+                "result": CASES[name](model, report),
+            }
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -16,14 +16,17 @@ from chiasm.model.load import load_module
 from chiasm.model.text import LanguageModel
 from chiasm.services.decoder.blocks import BlockPool
 from chiasm.services.decoder.config import DecoderSettings
+from chiasm.services.decoder.counted import CountedBank
 from chiasm.services.decoder.embeddings import EmbeddingStore
 from chiasm.services.decoder.engine import Engine
 from chiasm.services.decoder.forward import ForwardPass
 from chiasm.services.decoder.grammars import Grammars
 from chiasm.services.decoder.kv_cache import PagedKVCache
-from chiasm.services.decoder.pools import ExpertPools, LocalPool, Pool, RemotePool
+from chiasm.services.decoder.pools import ExpertPools, LocalPool, Pool
+from chiasm.services.decoder.remote import RemotePool, RemoteSettings
 from chiasm.services.decoder.scheduler import Scheduler
 from chiasm.services.decoder.servicer import DecoderServicer
+from chiasm.services.decoder.speculation import Speculation
 from chiasm.telemetry.progress import loading
 from chiasm.transport import service
 from chiasm.transport.messages import CONTROL_BYTES, dispatch_bytes
@@ -73,6 +76,7 @@ def build(
         is_ready=is_ready,
         drain=servicer.drain,
         close=close,
+        report_load=lambda: servicer.engine.report() if servicer.engine else None,
         watch_topology=not settings.colocate,
     )
 
@@ -94,7 +98,7 @@ def _load_weights(
                 (Modality.TEXT, settings.text_shards),
                 (Modality.VISION, settings.vision_shards),
             ):
-                bank = ExpertBank(
+                bank = CountedBank(
                     config, modality=modality, num_shards=num_shards, dtype=dtype, device=device
                 )
                 for shard in range(num_shards):
@@ -113,10 +117,17 @@ def _remote_pool(
     return RemotePool(
         modality,
         process.topology,
+        RemoteSettings(
+            attempt_timeout_s=settings.attempt_timeout_s,
+            timeout_s=settings.dispatch_timeout_s,
+            hedge_budget=settings.hedge_budget,
+            hedge_after_s=settings.hedge_after_s,
+            use_lane=settings.lane,
+            max_message_bytes=dispatch_bytes(
+                settings.max_step_tokens, text.hidden_size, text.moe_k
+            ),
+        ),
         num_experts=text.num_experts,
-        attempt_timeout_s=settings.attempt_timeout_s,
-        timeout_s=settings.dispatch_timeout_s,
-        max_message_bytes=dispatch_bytes(settings.max_step_tokens, text.hidden_size, text.moe_k),
     )
 
 
@@ -135,6 +146,7 @@ def _engine(
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         max_step_tokens=settings.max_step_tokens,
+        drafter=Speculation(settings.speculation_tokens) if settings.speculation != "off" else None,
     )
     # The engine's own wait is a last resort: a pool gives up before it.
     wait_s = settings.dispatch_timeout_s + settings.attempt_timeout_s

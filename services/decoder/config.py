@@ -38,6 +38,14 @@ class DecoderSettings(ServiceSettings):
         description="Run a step as two halves that take turns at attention and experts; auto: "
         "where measured steps of several requests are faster so.",
     )
+    speculation: Literal["off", "ngram"] = Field(
+        "off",
+        description="Guess the next tokens of a request from earlier ones and check them in one "
+        "step; the answer is the same. ngram: what followed the same tokens before.",
+    )
+    speculation_tokens: int = Field(
+        8, ge=1, le=64, description="Most tokens that are guessed at once for one request."
+    )
     embedding_cache_bytes: int = Field(
         256 << 20, ge=0, description="Bytes of the cache of media embeddings."
     )
@@ -49,6 +57,21 @@ class DecoderSettings(ServiceSettings):
     )
     dispatch_timeout_s: float = Field(
         30.0, gt=0, description="Seconds a dispatch may take over all attempts."
+    )
+    hedge_budget: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of dispatches that may go to a replica too when their server is slow; "
+        "0: none.",
+    )
+    hedge_after_s: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds after which a server is slow; 0: later than 99 of 100 of late.",
+    )
+    lane: bool = Field(
+        True, description="Reach expert servers of the same host through shared memory."
     )
     fetch_timeout_s: float = Field(
         30.0, gt=0, description="Seconds fetching one item's embeddings may take."

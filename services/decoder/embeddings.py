@@ -9,7 +9,7 @@ import torch
 
 from chiasm import errors
 from chiasm.cache import ByteLRU
-from chiasm.telemetry import traces
+from chiasm.telemetry import metrics, traces
 from chiasm.transport import status, tensors
 from chiasm.transport.channel import open_channel
 from chiasm.v1 import decoder_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
@@ -42,15 +42,12 @@ class EmbeddingStore:
         Raises NotFound (EMBEDDING_EVICTED) when the encoder no longer has them or is away: encoding
         again, elsewhere if need be, is the way out of both.
         """
-        found = self._cache.get(ref.digest)
+        found, task = self._cache.get(ref.digest), self._fetching.get(ref.digest)
+        is_miss = found is None and task is None
+        (metrics.EMBEDDINGS_MISSES if is_miss else metrics.EMBEDDINGS_HITS).inc()
         if found is None:
-            task = self._fetching.get(ref.digest)
-            if task is None:
-                task = asyncio.create_task(self._fetch(ref, request_id))
-                self._fetching[ref.digest] = task
-                task.add_done_callback(lambda _: self._fetching.pop(ref.digest, None))
             # A waiter that goes away must not take the others' fetch with it.
-            found = await asyncio.shield(task)
+            found = await asyncio.shield(task or self._begin(ref, request_id))
         if found.shape[0] != ref.num_tokens:
             raise errors.InvalidArgument(
                 "media.num_tokens", f"{ref.num_tokens}, but the encoder has {found.shape[0]}"
@@ -60,6 +57,12 @@ class EmbeddingStore:
     async def close(self) -> None:
         """Closes the channels."""
         await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+
+    def _begin(self, ref: decoder_pb2.MediaRef, request_id: str) -> asyncio.Task[torch.Tensor]:
+        task = asyncio.create_task(self._fetch(ref, request_id))
+        self._fetching[ref.digest] = task
+        task.add_done_callback(lambda _: self._fetching.pop(ref.digest, None))
+        return task
 
     async def _fetch(self, ref: decoder_pb2.MediaRef, request_id: str) -> torch.Tensor:
         attributes = {
@@ -80,6 +83,7 @@ class EmbeddingStore:
                 raise await self._failure(ref, error) from None
         embeddings = torch.cat(rows) if rows else torch.empty(0, self._hidden_size)
         self._cache.put(ref.digest, embeddings, embeddings.nbytes)
+        metrics.EMBEDDINGS_BYTES.set(self._cache.num_bytes)
         return embeddings
 
     async def _failure(self, ref: decoder_pb2.MediaRef, error: grpc.RpcError) -> errors.ChiasmError:

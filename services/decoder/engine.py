@@ -10,13 +10,14 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import structlog
 import torch
 
 from chiasm import errors
+from chiasm.load import DecoderLoad
 from chiasm.services.decoder import spans
 from chiasm.services.decoder.forward import ForwardPass
 from chiasm.services.decoder.pools import ExpertPools, PoolUnavailable
@@ -28,8 +29,10 @@ from chiasm.services.decoder.sequence import (
     Sequence,
     TokenEvent,
 )
+from chiasm.services.decoder.speculation import num_accepted
+from chiasm.services.decoder.workload import Workload
 from chiasm.telemetry import metrics
-from chiasm.types import TOKEN_TEXT, Modality
+from chiasm.types import Modality
 
 IDLE_WAIT_S = 0.05
 """How often an engine that has only parked requests looks whether their pool is back."""
@@ -68,6 +71,7 @@ class Engine:
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.steps = 0
+        self._workload = Workload()
         # Looked up when scraped: whatever ends a request, no gauge is left behind.
         metrics.RUNNING_REQUESTS.set_function(lambda: self.load().running)
         metrics.WAITING_REQUESTS.set_function(lambda: self.load().waiting)
@@ -101,6 +105,19 @@ class Engine:
             waiting=len(self._scheduler.waiting) + len(self._inbox),
             kv_tokens_used=blocks.num_held * blocks.block_size,
             kv_tokens_total=blocks.num_blocks * blocks.block_size,
+        )
+
+    def report(self) -> DecoderLoad:
+        """How busy the decoder is, for the orchestrator."""
+        now = self.load()
+        return self._workload.report(
+            self._scheduler,
+            self._pools.covered(),
+            running=now.running,
+            max_running=self._scheduler.max_running,
+            waiting=now.waiting,
+            kv_tokens_used=now.kv_tokens_used,
+            kv_tokens_capacity=now.kv_tokens_total,
         )
 
     def close(self) -> None:
@@ -161,29 +178,38 @@ class Engine:
             return False
         waited = {m: ns - waits_before[m] for m, ns in self._pools.wait_ns.items()}
         # Before anybody hears of the step, so that whoever has its answer finds it counted.
-        self._measure(schedule.chunks, time.monotonic_ns() - start)
+        self._workload.add_step(schedule.chunks, time.monotonic_ns() - start)
         self._commit(schedule.chunks, sampled, waited)
         return True
 
     def _admitted(self, sequence: Sequence, now: int) -> None:
         if sequence.timings.admitted:
             return  # preempted before: it has been here
+        sequence.num_prompt_cached = min(sequence.num_cached, sequence.num_prompt)
         spans.admitted(sequence, now)
         metrics.DECODER_QUEUE_SECONDS.observe((now - sequence.timings.submitted) / 1e9)
         metrics.PREFIX_CACHE_QUERIES.inc(sequence.num_prompt)
-        metrics.PREFIX_CACHE_HITS.inc(sequence.num_cached)
+        metrics.PREFIX_CACHE_HITS.inc(sequence.num_prompt_cached)
 
-    def _forward(self, chunks: tuple[Chunk, ...]) -> list[Choice | None]:
-        """Runs the chunks; a choice for each one that ends its sequence, else None."""
+    def _forward(self, chunks: tuple[Chunk, ...]) -> list[list[Choice]]:
+        """Runs the chunks; the choices that follow each one: none unless it ends its sequence, more
+        than one where guesses were right."""
         hidden = self._forward_pass.run(chunks)
         self._send_prompt_logits(chunks, hidden)
         ends = itertools.accumulate(c.num_tokens for c in chunks)
-        last = [end - 1 for c, end in zip(chunks, ends, strict=True) if c.is_last]
-        if not last:
-            return [None] * len(chunks)
-        logits = self._forward_pass.model.logits(hidden[last])
-        choices = iter(choose(logits, [c.sequence for c in chunks if c.is_last]))
-        return [next(choices) if c.is_last else None for c in chunks]
+        # A guess is judged by the row before it; the row of the last one yields one more token.
+        places = [
+            (end - 1 - len(chunk.draft) + ahead, chunk.sequence, ahead)
+            for chunk, end in zip(chunks, ends, strict=True)
+            if chunk.is_last
+            for ahead in range(len(chunk.draft) + 1)
+        ]
+        if not places:
+            return [[] for _ in chunks]
+        rows, sequences, ahead = zip(*places, strict=True)
+        logits = self._forward_pass.model.logits(hidden[list(rows)])
+        choices = iter(choose(logits, sequences, ahead))
+        return [_kept(chunk, choices) if chunk.is_last else [] for chunk in chunks]
 
     def _send_prompt_logits(self, chunks: tuple[Chunk, ...], hidden: torch.Tensor) -> None:
         row = 0
@@ -203,32 +229,42 @@ class Engine:
     def _commit(
         self,
         chunks: tuple[Chunk, ...],
-        sampled: list[Choice | None],
+        sampled: list[list[Choice]],
         waited: dict[Modality, int],
     ) -> None:
         """The only place where a step changes sequences."""
         now = time.monotonic_ns()
         self.steps += 1
-        for chunk, choice in zip(chunks, sampled, strict=True):
+        for chunk, choices in zip(chunks, sampled, strict=True):
             sequence = chunk.sequence
             sequence.parked_since = None
-            self._scheduler.commit(sequence, chunk.stop)
             for modality in Modality:
                 sequence.timings.expert_wait[modality] += waited[modality]
-            if choice is None:
-                continue
-            if choice.error is not None:
-                self._fail(sequence, choice.error)
-                continue
-            token = choice.token_id
-            sequence.token_ids.append(token)
-            if not sequence.timings.first_token:
-                spans.first_token(sequence, now)
-            sequence.sink(TokenEvent(token_id=token, logprob=choice.logprob, top=choice.top))
-            if reason := sequence.finish_reason:
+            if not choices:
+                self._scheduler.commit(sequence, chunk.stop)
+            elif (error := choices[0].error) is not None:
+                self._fail(sequence, error)
+            else:
+                self._append(sequence, choices, now)
+
+    def _append(self, sequence: Sequence, choices: list[Choice], now: int) -> None:
+        """Gives a sequence its next tokens, up to one that ends the answer."""
+        if not sequence.timings.first_token:
+            spans.first_token(sequence, now)
+        for choice in choices:
+            sequence.token_ids.append(choice.token_id)
+            # The keys and values of this token come with the next step.
+            self._scheduler.commit(sequence, len(sequence.token_ids) - 1)
+            reason = sequence.finish_reason
+            if reason is not None:
                 sequence.timings.finished = now
                 self._end(sequence)
+            sequence.sink(
+                TokenEvent(token_id=choice.token_id, logprob=choice.logprob, top=choice.top)
+            )
+            if reason is not None:
                 sequence.sink(FinishedEvent(reason=reason))
+                return
 
     def _end(self, sequence: Sequence, error: Exception | None = None) -> None:
         """Takes a sequence off the books, before anybody hears that it is over."""
@@ -270,12 +306,14 @@ class Engine:
                     ),
                 )
 
-    def _measure(self, chunks: tuple[Chunk, ...], step_ns: int) -> None:
-        metrics.STEP_SECONDS.observe(step_ns / 1e9)
-        for chunk in chunks:
-            prompt_stop = min(chunk.stop, chunk.sequence.num_prompt)
-            types = chunk.sequence.prompt_types[chunk.start : prompt_stop]
-            num_text = types.count(TOKEN_TEXT)
-            metrics.STEP_TOKENS.labels("prefill", "text").inc(num_text)
-            metrics.STEP_TOKENS.labels("prefill", "vision").inc(len(types) - num_text)
-            metrics.STEP_TOKENS.labels("decode", "text").inc(chunk.num_tokens - len(types))
+
+def _kept(chunk: Chunk, choices: Iterator[Choice]) -> list[Choice]:
+    """The next token, after the guesses that it confirms; books how good they were."""
+    found = list(itertools.islice(choices, len(chunk.draft) + 1))
+    if not chunk.draft:
+        return found
+    count = num_accepted(chunk.draft, [choice.token_id for choice in found])
+    chunk.sequence.drafts.record(count)
+    metrics.DRAFTED_TOKENS.inc(len(chunk.draft))
+    metrics.ACCEPTED_TOKENS.inc(count)
+    return found[: count + 1]

@@ -40,13 +40,18 @@ class Choice(NamedTuple):
 
 
 @torch.inference_mode()
-def choose(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Choice]:
-    """One choice per sequence; sequences are not changed but for their `processors`.
+def choose(
+    logits: torch.Tensor, sequences: Seq[Sequence], ahead: Seq[int] | None = None
+) -> list[Choice]:
+    """One choice per row; sequences are not changed but for their `processors`.
 
-    logits: float32 [n, V], left as they are. The caller appends the tokens.
+    logits: float32 [n, V], left as they are. ahead: how many tokens past its sequence's own a row
+    is; rows ahead are for sequences without processors. The caller appends the tokens.
     """
     processed, failed = _process(logits, sequences)
-    ids = draw(processed, [s.sampling for s in sequences], [s.num_generated for s in sequences])
+    ahead = ahead or [0] * len(sequences)
+    steps = [s.num_generated + a for s, a in zip(sequences, ahead, strict=True)]
+    ids = draw(processed, [s.sampling for s in sequences], steps)
     choices = [Choice(token_id=token_id, error=failed.get(i)) for i, token_id in enumerate(ids)]
     wanted = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
     if wanted:

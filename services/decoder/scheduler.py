@@ -4,13 +4,17 @@ A pure data structure: no torch, no clock, no threads. Requests are served by pr
 arrival. A request is admitted when the blocks of all its tokens are there; while it decodes it
 takes blocks as it grows. When none are left, the request that came last gives its blocks back and
 waits; it is computed again later, from the prefix cache where that still has its beginning.
+
+Guesses of speculation take what is left of a step and of the blocks: nobody waits for them.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from chiasm import errors
 from chiasm.services.decoder.blocks import BlockPool, BlockTable
@@ -21,11 +25,12 @@ from chiasm.types import Modality
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Tokens [start, start + num_tokens) of one sequence."""
+    """Tokens [start, start + num_tokens) of one sequence; those of `draft` follow its own."""
 
     sequence: Sequence
     start: int
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -34,7 +39,14 @@ class Chunk:
     @property
     def is_last(self) -> bool:
         """True when the step yields the sequence's next token."""
-        return self.stop == len(self.sequence.token_ids)
+        return self.stop >= len(self.sequence.token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        own = self.sequence.token_ids
+        num_own = len(own)
+        guessed = self.draft[max(0, self.start - num_own) : max(0, self.stop - num_own)]
+        return [*own[self.start : self.stop], *guessed]
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -51,15 +63,29 @@ class Schedule:
     preempted: tuple[Sequence, ...]
 
 
+class Drafter(Protocol):
+    """Guesses what comes next."""
+
+    def draft(self, sequence: Sequence, room: int) -> Seq[int]:
+        """At most `room` tokens that may follow the sequence's own."""
+        ...
+
+
 class Scheduler:
     """Decodes go first. Of the tokens left in the step half go to the prefill that is next in
     order, the rest to the shortest ones: a long prompt neither starves nor holds up the others."""
 
     def __init__(
-        self, blocks: BlockPool, *, max_running: int, max_waiting: int, max_step_tokens: int
+        self,
+        blocks: BlockPool,
+        *,
+        max_running: int,
+        max_waiting: int,
+        max_step_tokens: int,
+        drafter: Drafter | None = None,
     ) -> None:
-        self.blocks = blocks
-        self._max_running, self._max_waiting = max_running, max_waiting
+        self.blocks, self._drafter = blocks, drafter
+        self.max_running, self._max_waiting = max_running, max_waiting
         self._max_step_tokens = max_step_tokens
         self._num_arrived = 0
         self.waiting: list[Sequence] = []  # both in order of _rank
@@ -106,9 +132,10 @@ class Scheduler:
             if sequence not in preempted and self._grow(sequence, stuck, preempted):
                 chunks.append(Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=1))
         prefills = [s for s in able if s.num_pending > 1 and s not in preempted]
-        chunks.extend(_share(prefills, budget - len(chunks)))
+        shares = list(_share(prefills, budget - len(chunks)))
+        chunks = self._drafted(chunks, budget - len(chunks) - sum(c.num_tokens for c in shares))
         return Schedule(
-            chunks=tuple(chunks),
+            chunks=(*chunks, *shares),
             parked=(*parked, *passed_over),
             admitted=tuple(admitted),
             preempted=tuple(preempted),
@@ -141,7 +168,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         passed_over: list[Sequence] = []
         for sequence in tuple(self.waiting):
-            if len(self.running) >= self._max_running and not stuck:
+            if len(self.running) >= self.max_running and not stuck:
                 break
             cached = self._known_prefix(sequence)
             if not self._can_run(sequence, len(cached) * self.blocks.block_size, pools):
@@ -161,7 +188,7 @@ class Scheduler:
         num_spare = len(self.running)
         taken = num_new + self.blocks.num_idle_among(cached)
         return (
-            len(self.running) < self._max_running and taken + num_spare <= self.blocks.num_available
+            len(self.running) < self.max_running and taken + num_spare <= self.blocks.num_available
         )
 
     def _begin(self, sequence: Sequence, cached: list[int]) -> None:
@@ -188,6 +215,36 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
+
+    def _drafted(self, decodes: list[Chunk], budget: int) -> list[Chunk]:
+        """The decodes with guesses behind them, as far as the budget and the free blocks go."""
+        if self._drafter is None:
+            return decodes
+        found = []
+        for chunk in decodes:
+            room = min(budget, self._room_ahead(chunk.sequence))
+            draft = tuple(self._drafter.draft(chunk.sequence, room)) if room > 0 else ()
+            budget -= len(draft)
+            self._extend(chunk.sequence, chunk.stop + len(draft))
+            found.append(replace(chunk, num_tokens=1 + len(draft), draft=draft))
+        return found
+
+    def _room_ahead(self, sequence: Sequence) -> int:
+        """Tokens that may be guessed: they are still wanted, and their blocks are to be had.
+
+        Whoever runs may need a block soon: as many are left alone.
+        """
+        num_wanted = sequence.sampling.max_tokens - sequence.num_generated - 1
+        num_spare = max(0, self.blocks.num_available - len(self.running))
+        num_slots = (len(sequence.table) + num_spare) * self.blocks.block_size
+        return min(num_wanted, num_slots - len(sequence.token_ids))
+
+    def _extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """Takes free blocks until there is a slot for each of the tokens."""
+        table = sequence.table
+        missing = self._num_blocks(num_tokens) - len(table)
+        if missing > 0:
+            table.extend(self.blocks.allocate(missing, after=table.last))
 
     def _preempt(self, victim: Sequence, preempted: list[Sequence]) -> None:
         """Puts a sequence of the batch back to where it waits."""

@@ -142,11 +142,13 @@ class Sequence:
 
     The scheduler's books: the blocks of `table` hold the keys and values of the first tokens,
     `num_computed` of which are there; `digests` of full blocks, `num_sealed` of which can be found
-    by others; `num_cached` tokens came from the prefix cache.
+    by others; `num_cached` tokens came from the prefix cache at the last admission.
+    `num_prompt_cached`: tokens of the prompt that came from there at the first one.
 
     num_resumed: how many of the first `token_ids` were generated elsewhere, before this sequence.
     matcher: the grammar's automaton (grammars.Matcher), in its first state. processors: the
-    sampler's books; they follow from the rest and can be made again at any time.
+    sampler's books; they follow from the rest and can be made again at any time. drafts: likewise
+    those of speculation (speculation.Drafts).
     phase: where the request is in its trace (spans.py).
     """
 
@@ -168,10 +170,12 @@ class Sequence:
     num_computed: int = 0
     num_sealed: int = 0
     num_cached: int = 0
+    num_prompt_cached: int = 0
     num_logits_sent: int = 0
     num_resumed: int = 0
     matcher: Any = None
     processors: Any = None
+    drafts: Any = None
     parked_since: int | None = None
     aborted: bool = False
     timings: SequenceTimings = field(default_factory=SequenceTimings)

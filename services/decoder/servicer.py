@@ -30,7 +30,7 @@ from chiasm.services.decoder.sequence import (
     TokenEvent,
 )
 from chiasm.telemetry import traces
-from chiasm.transport import interceptors
+from chiasm.transport import interceptors, loads
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, inference_pb2
 
 HANDOVER_TIMEOUT_S = 1.0
@@ -97,13 +97,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
     async def GetLoad(
         self, request: decoder_pb2.GetDecoderLoadRequest, context: Context
     ) -> decoder_pb2.DecoderLoad:
-        load = self._ready_engine().load()
-        return decoder_pb2.DecoderLoad(
-            running_requests=load.running,
-            waiting_requests=load.waiting,
-            kv_tokens_used=load.kv_tokens_used,
-            kv_tokens_total=load.kv_tokens_total,
-        )
+        return loads.decoder_to_proto(self._ready_engine().report())
 
     async def drain(self) -> None:
         """Refuses new calls and returns when none is running."""
@@ -155,8 +149,12 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             while True:
                 match await events.get():
                     case TokenEvent() as token:
-                        spent = wire.timings(sequence.timings, fetch_ns) if is_first else None
-                        yield wire.token(token, spent)
+                        message = wire.token(token)
+                        if is_first:
+                            spent = wire.timings(sequence.timings, fetch_ns)
+                            message.tokens.timings.CopyFrom(spent)
+                            message.tokens.cached_tokens = sequence.num_prompt_cached
+                        yield message
                         is_first = False
                     case PromptLogprobsEvent() as logprobs:
                         yield wire.prompt_logprobs(logprobs)
@@ -207,7 +205,7 @@ def _log(sequence: Sequence, reason: str, spent: inference_pb2.Timings) -> None:
         "decoded",
         reason=reason,
         prompt_tokens=sequence.num_prompt,
-        cached_tokens=sequence.num_cached,
+        cached_tokens=sequence.num_prompt_cached,
         completion_tokens=sequence.num_generated,
         fetch_ms=round(spent.fetch_ns / 1e6, 3),
         queue_ms=round(spent.queue_ns / 1e6, 3),

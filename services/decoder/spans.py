@@ -30,7 +30,7 @@ def admitted(sequence: Sequence, now: int) -> None:
     sequence.phase.span.set_attributes(
         {
             "gen_ai.latency.time_in_queue": queued_ns / 1e9,
-            "gen_ai.usage.cache_read.input_tokens": sequence.num_cached,
+            "gen_ai.usage.cache_read.input_tokens": sequence.num_prompt_cached,
         }
     )
 

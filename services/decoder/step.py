@@ -24,7 +24,7 @@ class StepInput:
 
 def build(chunks: Seq[Chunk], model: LanguageModel, device: torch.device) -> StepInput:
     """Lays the chunks one after the other, media embeddings in place of their placeholders."""
-    token_ids = [t for c in chunks for t in c.sequence.token_ids[c.start : c.stop]]
+    token_ids = [t for c in chunks for t in c.token_ids]
     embeddings = model.embed(torch.tensor(token_ids, device=device))
     row = 0
     for chunk in chunks:

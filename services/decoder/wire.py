@@ -129,13 +129,11 @@ def sampling(request: decoder_pb2.DecodeRequest, config: ModelConfig) -> Samplin
     )
 
 
-def token(event: TokenEvent, timings: inference_pb2.Timings | None) -> decoder_pb2.DecodeEvent:
-    """The token; `timings` go with the first one."""
+def token(event: TokenEvent) -> decoder_pb2.DecodeEvent:
+    """A token, with its log-probabilities where they are wanted."""
     logprobs = [] if event.logprob is None else [_ranked(event.token_id, event.logprob, event.top)]
     return decoder_pb2.DecodeEvent(
-        tokens=decoder_pb2.DecodedTokens(
-            token_ids=[event.token_id], logprobs=logprobs, timings=timings
-        )
+        tokens=decoder_pb2.DecodedTokens(token_ids=[event.token_id], logprobs=logprobs)
     )
 
 

@@ -10,6 +10,7 @@ from chiasm.membership import Role
 from chiasm.model.config import ModelConfig
 from chiasm.model.tokenizer import Tokenizer
 from chiasm.services.gateway import engine, utf8
+from chiasm.services.gateway.auth import ApiKeyInterceptor, ApiKeys
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.config import GatewaySettings
 from chiasm.services.gateway.servicer import InferenceServicer
@@ -42,11 +43,13 @@ def build(settings: GatewaySettings, process: service.ServiceProcess) -> service
         drain=servicer.drain,
         close=channels.close,
         watch_topology=True,
+        report_load=lambda: servicer.engine.load() if servicer.engine else None,
     )
 
 
 def serve(settings: GatewaySettings) -> int:
     """Runs the gateway until SIGTERM; returns the exit code."""
+    keys = [] if settings.api_keys is None else [ApiKeys(settings.api_keys)]
     return service.serve(
         settings,
         name="gateway",
@@ -54,6 +57,7 @@ def serve(settings: GatewaySettings) -> int:
         services=[SERVICE.full_name],
         max_message_bytes=settings.max_request_bytes,
         build=partial(build, settings),
+        interceptors=[ApiKeyInterceptor(k, keyless=settings.keyless) for k in keys],
     )
 
 

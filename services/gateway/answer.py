@@ -19,6 +19,7 @@ class Answer:
 
     thought_end: the token that ends the thought in which the prompt breaks off, if it does.
     `reason` is None until the answer is complete; then the decoder's stream is of no more interest.
+    `num_cached`: prompt tokens that the first decoder's prefix cache had.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Answer:
         self._silent = frozenset(() if sampling.include_stop else sampling.stop_token_ids)
         self._last_id = -1
         self._first_token_ns = 0
-        self.num_tokens = 0
+        self.num_tokens = self.num_cached = 0
         self.reason: inference_pb2.FinishReason | None = None
         self.timings = inference_pb2.Timings()
 
@@ -52,6 +53,8 @@ class Answer:
     def _tokens(self, tokens: decoder_pb2.DecodedTokens) -> list[inference_pb2.GenerateResponse]:
         if tokens.HasField("timings"):
             self.timings.CopyFrom(tokens.timings)
+        if not self.num_tokens:  # a decoder that takes over reports its own cache
+            self.num_cached = tokens.cached_tokens
         self._first_token_ns = self._first_token_ns or time.monotonic_ns()
         delta = inference_pb2.Delta(index=self._index)
         stop = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from chiasm.config import ServiceSettings
+from chiasm.types import TlsFiles
 
 _MIB = 1024 * 1024
 _ENVELOPE_BYTES = _MIB
@@ -53,6 +54,39 @@ class GatewaySettings(ServiceSettings):
     retry_after_s: float = Field(
         1.0, gt=0, description="What refused clients are told to wait before they come back."
     )
+
+    public_tls_cert: Path | None = Field(
+        None, description="PEM certificate shown to clients; unset: that of --tls-cert."
+    )
+    public_tls_key: Path | None = Field(None, description="PEM key of --public-tls-cert.")
+    public_tls_ca: Path | None = Field(
+        None,
+        description="PEM certificate of the CA of clients; unset: they need no certificate.",
+    )
+    api_keys: Path | None = Field(
+        None, description="File of API keys, one a line; unset: calls need none."
+    )
+    keyless: Literal["none", "health", "health+reflection"] = Field(
+        "health", description="What may be called without an API key."
+    )
+
+    @model_validator(mode="after")
+    def _check_public_tls(self) -> Self:
+        if (self.public_tls_cert is None) != (self.public_tls_key is None):
+            raise ValueError("--public-tls-cert and --public-tls-key belong together")
+        if self.public_tls_ca is not None and self.port_tls is None:
+            raise ValueError("--public-tls-ca needs a certificate to show as well")
+        return self
+
+    @property
+    def port_tls(self) -> TlsFiles | None:
+        """What the port uses: clients are no services, so they need no certificate of theirs."""
+        ca = self.public_tls_ca
+        if self.public_tls_cert is not None:
+            return TlsFiles(cert=self.public_tls_cert, key=self.public_tls_key, ca=ca)
+        if self.tls_cert is not None:
+            return TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=ca)
+        return None
 
     @property
     def served_name(self) -> str:

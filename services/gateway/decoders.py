@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
 import grpc
 import structlog
@@ -14,7 +15,7 @@ from chiasm import errors
 from chiasm.membership import MemberInfo
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.deadline import Deadline
-from chiasm.services.gateway.members import MemberSearch, may_try_another, peer_error
+from chiasm.services.gateway.members import MemberSearch, Waiting, may_try_another, peer_error
 from chiasm.telemetry import metrics, traces
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
@@ -28,8 +29,16 @@ MAX_RESUMES = 3
 log = structlog.get_logger()
 
 
+@dataclass(slots=True)
+class Home:
+    """Where the answers to one request are made: the decoder that knows their prompt."""
+
+    address: str = ""
+
+
 class Decoders:
-    """The decoders as one. A request goes to the one that has fewest of this gateway's."""
+    """The decoders as one. A request goes to the one that has fewest of this gateway's; further
+    answers to it go where the first one went, and find the prompt in that decoder's cache."""
 
     def __init__(
         self,
@@ -40,6 +49,7 @@ class Decoders:
         retry_after_s: float,
     ) -> None:
         self._topology, self._channels = topology, channels
+        self.waiting = Waiting()
         self._park_timeout_s, self._retry_after_s = park_timeout_s, retry_after_s
         self._in_flight: Counter[str] = Counter()
 
@@ -47,11 +57,14 @@ class Decoders:
         self,
         request: decoder_pb2.DecodeRequest,
         generated: list[int],
+        home: Home,
         *,
         deadline: Deadline,
         context: otel_context.Context,
     ) -> AsyncGenerator[decoder_pb2.DecodeEvent, None]:
         """Streams the events of one generation; its spans are children of `context`.
+
+        home: shared by the answers to one request.
 
         A decoder that fails is replaced by another one, which goes on where the answer broke off:
         `generated` holds the answer's tokens so far and gets those of this call. Sampling depends
@@ -61,7 +74,7 @@ class Decoders:
         """
         search, resumes_left = self._search(deadline), MAX_RESUMES
         while True:
-            decoder = self._least_busy(await search.candidates())
+            decoder = self._choose(await search.candidates(), home)
             num_before, has_output = len(generated), False
             attempt = _continued(request, generated)
             events = self._try(decoder, attempt, deadline=deadline, context=context)
@@ -101,10 +114,15 @@ class Decoders:
             ),
             park_timeout_s=self._park_timeout_s,
             deadline=deadline,
+            waiting=self.waiting,
         )
 
-    def _least_busy(self, decoders: list[MemberInfo]) -> MemberInfo:
-        return min(decoders, key=lambda decoder: self._in_flight[decoder.address])
+    def _choose(self, decoders: list[MemberInfo], home: Home) -> MemberInfo:
+        """The request's home if it can be had, else the least busy one, its home from now on."""
+        known = [decoder for decoder in decoders if decoder.address == home.address]
+        chosen = min(known or decoders, key=lambda decoder: self._in_flight[decoder.address])
+        home.address = chosen.address
+        return chosen
 
     def _lost(self, error: errors.ChiasmError) -> errors.Unavailable:
         return errors.Unavailable(

@@ -19,7 +19,7 @@ from chiasm.membership import MemberInfo
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.domain import Encoded, MediaItem
-from chiasm.services.gateway.members import MemberSearch, may_try_another, peer_error
+from chiasm.services.gateway.members import MemberSearch, Waiting, may_try_another, peer_error
 from chiasm.telemetry import traces
 from chiasm.transport.enums import WIRE_MEDIA_KINDS
 from chiasm.transport.membership import TopologyWatcher
@@ -42,7 +42,7 @@ def rank(digest: str, encoders: Sequence[MemberInfo]) -> list[MemberInfo]:
 
 
 class Encoders:
-    """The vision encoders as one."""
+    """The vision encoders as one. `num_items` counts the items asked for since the start."""
 
     def __init__(
         self,
@@ -54,6 +54,7 @@ class Encoders:
         retry_after_s: float,
     ) -> None:
         self._topology, self._channels = topology, channels
+        self.waiting, self.num_items = Waiting(), 0
         self._park_timeout_s, self._max_concurrent = park_timeout_s, max_concurrent
         self._retry_after_s = retry_after_s
 
@@ -71,6 +72,7 @@ class Encoders:
             async with slots:
                 return await self._encode(item, request_id=request_id, deadline=deadline)
 
+        self.num_items += len(items)
         distinct = {item.digest: item for item in reversed(items)}
         try:
             async with asyncio.TaskGroup() as group:
@@ -90,6 +92,7 @@ class Encoders:
             ),
             park_timeout_s=self._park_timeout_s,
             deadline=deadline,
+            waiting=self.waiting,
         )
         while True:
             encoder = rank(item.digest, await search.candidates())[0]

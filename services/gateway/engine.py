@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from chiasm.load import GatewayLoad
 from chiasm.model.config import ModelConfig
 from chiasm.model.tokenizer import Tokenizer
 from chiasm.services.gateway.channels import Channels
@@ -22,12 +24,13 @@ MAX_PEER_MESSAGE_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What a loaded gateway answers with."""
+    """What a loaded gateway answers with; `load` tells what waits for others."""
 
     config: ModelConfig
     validator: Validator
     prompts: PromptBuilder
     generator: Generator
+    load: Callable[[], GatewayLoad]
 
 
 def build(
@@ -38,16 +41,23 @@ def build(
     channels: Channels,
 ) -> Engine:
     """The engine for one model over the members of `topology`."""
+    encoders = Encoders(
+        topology,
+        channels,
+        park_timeout_s=settings.park_timeout_s,
+        max_concurrent=settings.max_concurrent_encodes,
+        retry_after_s=settings.retry_after_s,
+    )
+    decoders = Decoders(
+        topology,
+        channels,
+        park_timeout_s=settings.park_timeout_s,
+        retry_after_s=settings.retry_after_s,
+    )
     prompts = PromptBuilder(
         config=config,
         tokenizer=tokenizer,
-        encoders=Encoders(
-            topology,
-            channels,
-            park_timeout_s=settings.park_timeout_s,
-            max_concurrent=settings.max_concurrent_encodes,
-            retry_after_s=settings.retry_after_s,
-        ),
+        encoders=encoders,
         max_media_bytes=settings.max_media_bytes,
         max_image_pixels=settings.max_image_pixels,
     )
@@ -56,12 +66,7 @@ def build(
         config=config,
         tokenizer=tokenizer,
         prompts=prompts,
-        decoders=Decoders(
-            topology,
-            channels,
-            park_timeout_s=settings.park_timeout_s,
-            retry_after_s=settings.retry_after_s,
-        ),
+        decoders=decoders,
         max_prompt_logits_bytes=settings.max_prompt_logits_bytes,
         retry_after_s=settings.retry_after_s,
     )
@@ -74,4 +79,14 @@ def build(
         max_text_bytes=settings.max_text_bytes,
         always_thinks=always_thinks(settings.model),
     )
-    return Engine(config=config, validator=validator, prompts=prompts, generator=generator)
+
+    def load() -> GatewayLoad:
+        return GatewayLoad(
+            waiting_encoder=encoders.waiting.count,
+            waiting_decoder=decoders.waiting.count,
+            media_items_total=encoders.num_items,
+        )
+
+    return Engine(
+        config=config, validator=validator, prompts=prompts, generator=generator, load=load
+    )

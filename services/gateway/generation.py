@@ -15,7 +15,7 @@ from chiasm.model.tokenizer import Tokenizer
 from chiasm.services.gateway import grammars, thinking
 from chiasm.services.gateway.answer import Answer
 from chiasm.services.gateway.deadline import Deadline
-from chiasm.services.gateway.decoders import EVICTED, Decoders
+from chiasm.services.gateway.decoders import EVICTED, Decoders, Home
 from chiasm.services.gateway.domain import Generation, Usage
 from chiasm.services.gateway.merging import merged
 from chiasm.services.gateway.observation import Observation
@@ -40,7 +40,7 @@ class _Call:
     """What all answers to one request have in common.
 
     seed: of the first answer. thought_end: the token that ends the thought in which the prompt
-    breaks off, if it does.
+    breaks off, if it does. home: the decoder of all of them, once one has been chosen.
     """
 
     generation: Generation
@@ -49,6 +49,7 @@ class _Call:
     deadline: Deadline
     seed: int
     thought_end: int | None
+    home: Home
 
 
 class Generator:
@@ -82,6 +83,7 @@ class Generator:
             request_id=generation.request_id,
             deadline=deadline,
             context=observation.context,
+            must_fit=True,
         )
         if laid_out.items:
             observation.encoded(laid_out.encode_ns)
@@ -102,6 +104,7 @@ class Generator:
             deadline=deadline,
             seed=secrets.randbits(64) if seed is None else seed,
             thought_end=thinking.thought_end(token_ids, self._tokenizer),
+            home=Home(),
         )
         answers = [self._new_answer(call, i) for i in range(generation.sampling.num_choices)]
         responses = merged(
@@ -180,7 +183,7 @@ class Generator:
                 thought_end=call.thought_end,
             )
             events = self._decoders.decode(
-                request, generated, deadline=deadline, context=observation.context
+                request, generated, call.home, deadline=deadline, context=observation.context
             )
             try:
                 async for event in events:
@@ -214,7 +217,7 @@ def _finished(call: _Call, answers: Sequence[Answer]) -> inference_pb2.GenerateR
     num_tokens = sum(answer.num_tokens for answer in answers)
     first, laid_out = answers[0], call.laid_out
     reason = first.reason or inference_pb2.FINISH_REASON_UNSPECIFIED
-    call.observation.finished(_REASONS[reason], num_tokens)
+    call.observation.finished(_REASONS[reason], num_tokens, num_cached=first.num_cached)
     timings = inference_pb2.Timings()
     timings.CopyFrom(first.timings)
     timings.layout_ns = laid_out.layout_ns
@@ -223,13 +226,17 @@ def _finished(call: _Call, answers: Sequence[Answer]) -> inference_pb2.GenerateR
     return inference_pb2.GenerateResponse(
         finished=inference_pb2.Finished(
             reason=reason,
-            usage=usage_message(laid_out.usage, completion_tokens=num_tokens),
+            usage=usage_message(
+                laid_out.usage, completion_tokens=num_tokens, cached_tokens=first.num_cached
+            ),
             timings=timings,
         )
     )
 
 
-def usage_message(usage: Usage, *, completion_tokens: int) -> inference_pb2.Usage:
+def usage_message(
+    usage: Usage, *, completion_tokens: int = 0, cached_tokens: int = 0
+) -> inference_pb2.Usage:
     """Token counts as the client gets them."""
     return inference_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
@@ -237,4 +244,5 @@ def usage_message(usage: Usage, *, completion_tokens: int) -> inference_pb2.Usag
         prompt_image_tokens=usage.image,
         prompt_video_tokens=usage.video,
         completion_tokens=completion_tokens,
+        cached_tokens=cached_tokens,
     )

@@ -31,6 +31,19 @@ def may_try_another(error: errors.ChiasmError) -> bool:
     return isinstance(error, errors.Unavailable)
 
 
+class Waiting:
+    """How many searches have found nobody, and wait."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> None:
+        self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.count -= 1
+
+
 class MemberSearch:
     """One request's search.
 
@@ -47,8 +60,9 @@ class MemberSearch:
         unavailable: errors.Unavailable,
         park_timeout_s: float,
         deadline: Deadline,
+        waiting: Waiting,
     ) -> None:
-        self._topology, self._ready = topology, ready
+        self._topology, self._ready, self._waiting = topology, ready, waiting
         self._error: errors.ChiasmError = unavailable
         self._park_timeout_s, self._deadline = park_timeout_s, deadline
         self._park: Deadline | None = None
@@ -84,7 +98,7 @@ class MemberSearch:
             await asyncio.sleep(min(_RETRY_PAUSE_S, left_s))
             self._failed.clear()
             return
-        with contextlib.suppress(errors.Unavailable):
+        with self._waiting, contextlib.suppress(errors.Unavailable):
             await self._topology.wait_for(
                 lambda topology: bool(self._ready(topology)), timeout_s=left_s, what="the member"
             )

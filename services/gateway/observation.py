@@ -43,7 +43,7 @@ class Observation:
         self.context: otel_context.Context = trace.set_span_in_context(self._span)
         self._first_token_ns = 0
         self._last_token_s = 0.0
-        self._num_tokens = 0
+        self._num_tokens = self._num_cached = 0
         self._usage: Usage | None = None
         self._finish_reason = ""
 
@@ -126,13 +126,15 @@ class Observation:
         self._num_tokens += num_tokens
         metrics.COMPLETION_TOKENS.inc(num_tokens)
 
-    def finished(self, reason: str, num_tokens: int) -> None:
+    def finished(self, reason: str, num_tokens: int, *, num_cached: int) -> None:
         """Records that the call ended well; what happens to the last message no longer counts."""
-        self._finish_reason = reason
+        self._finish_reason, self._num_cached = reason, num_cached
+        metrics.CACHED_PROMPT_TOKENS.inc(num_cached)
         self._span.set_attributes(
             {
                 "gen_ai.response.finish_reasons": [reason],
                 "gen_ai.usage.output_tokens": num_tokens,
+                "gen_ai.usage.cache_read.input_tokens": num_cached,
             }
         )
 
@@ -141,6 +143,8 @@ class Observation:
         known: dict[str, object] = {}
         if self._usage is not None:
             known["prompt_tokens"] = self._usage.by_modality
+        if self._finish_reason:
+            known["cached_tokens"] = self._num_cached
         if self._first_token_ns:
             known["completion_tokens"] = self._num_tokens
             known["first_token_ms"] = round(self._first_token_ns / 1e6, 3)

@@ -76,10 +76,12 @@ class PromptBuilder:
         request_id: str,
         deadline: Deadline,
         context: otel_context.Context,
+        must_fit: bool,
     ) -> LaidOut:
         """Encodes the media and lays the prompt out. Raises chiasm.errors with the field's path.
 
-        Spans are children of `context`.
+        must_fit: nothing is encoded for a chat whose text alone exceeds the context. Spans are
+        children of `context`.
         """
         start_ns = time.monotonic_ns()
         with traces.span("layout", context=context):
@@ -87,8 +89,10 @@ class PromptBuilder:
             pieces = (
                 await asyncio.to_thread(self._render, prompt)
                 if isinstance(prompt, Conversation)
-                else None
+                else ()
             )
+        if must_fit:
+            self._check_text(prompt, pieces)
         encode_start_ns = time.monotonic_ns()
         encoded = await self.encode(
             items, request_id=request_id, deadline=deadline, context=context
@@ -125,6 +129,16 @@ class PromptBuilder:
             for source in prompt.media
         )
 
+    def _check_text(self, prompt: PromptInput, pieces: Pieces) -> None:
+        num_tokens = sum(len(p.ids) for p in pieces if isinstance(p, chat.Tokens))
+        limit = self._config.text.max_position_embeddings
+        if num_tokens >= limit:
+            raise errors.InvalidArgument(
+                prompt.field,
+                f"the text alone has {num_tokens} tokens and leaves no room in the context of "
+                f"{limit}",
+            )
+
     def _render(self, prompt: Conversation) -> Pieces:
         return chat.render_chat(
             _numbered(prompt.messages),
@@ -133,11 +147,9 @@ class PromptBuilder:
             enable_thinking=prompt.enable_thinking,
         )
 
-    def _lay_out(
-        self, prompt: PromptInput, pieces: Pieces | None, encoded: Sequence[Encoded]
-    ) -> Prompt:
+    def _lay_out(self, prompt: PromptInput, pieces: Pieces, encoded: Sequence[Encoded]) -> Prompt:
         if isinstance(prompt, Conversation):
-            laid_out = lay_out_pieces(pieces or (), [item.grid for item in encoded], self._config)
+            laid_out = lay_out_pieces(pieces, [item.grid for item in encoded], self._config)
         else:
             laid_out = lay_out_tokens(
                 prompt.token_ids,

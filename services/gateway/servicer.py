@@ -68,10 +68,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     request_id=interceptors.request_id(),
                     deadline=deadline,
                     context=otel_context.get_current(),
+                    must_fit=False,
                 )
-        return inference_pb2.CountTokensResponse(
-            usage=usage_message(laid_out.usage, completion_tokens=0)
-        )
+        return inference_pb2.CountTokensResponse(usage=usage_message(laid_out.usage))
 
     async def GetModel(
         self, request: inference_pb2.GetModelRequest, context: Context

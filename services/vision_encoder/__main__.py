@@ -19,7 +19,9 @@ from chiasm.v1 import encoder_pb2, encoder_pb2_grpc
 def build(settings: EncoderSettings, _: service.ServiceProcess) -> service.Service:
     """The encoder, without its weights yet."""
     uploads = Uploads(
-        max_media_bytes=settings.max_media_bytes, max_upload_bytes=settings.max_upload_bytes
+        max_media_bytes=settings.max_media_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        max_memory_bytes=settings.max_memory_bytes,
     )
     servicer = VisionEncoderServicer(uploads)
 
@@ -36,6 +38,7 @@ def build(settings: EncoderSettings, _: service.ServiceProcess) -> service.Servi
         load=load,
         drain=servicer.drain,
         close=servicer.close,
+        report_load=lambda: servicer.engine.load() if servicer.engine else None,
     )
 
 

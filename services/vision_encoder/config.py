@@ -28,6 +28,12 @@ class EncoderSettings(ServiceSettings):
     max_upload_bytes: int = Field(
         512 * _MIB, gt=0, description="Most bytes of files that are held until they are decoded."
     )
+    max_memory_bytes: int = Field(
+        8 * _MIB,
+        ge=0,
+        description="Larger files are held in the folder of temporary files (TMPDIR) instead of in "
+        "memory.",
+    )
     max_queue_patches: int = Field(
         500_000,
         gt=0,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 
-from chiasm.model.patches import Patches
+from chiasm.model.patches import RawPatches
 from chiasm.types import Grid, MediaKind
 
 
 class MediaModel(Protocol):
-    """What the engine runs. `plan`, `preprocess` and `embed` are called on threads."""
+    """What the engine runs. `plan`, `preprocess` and `embed` are called on threads.
 
-    def plan(self, data: bytes, kind: MediaKind) -> Grid:
+    Files are read from their beginning and left open.
+    """
+
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
         """The grid from the header alone: exact, or the largest possible where it does not tell.
 
         Raises InvalidArgument.
@@ -25,11 +28,11 @@ class MediaModel(Protocol):
         """Size of an item's embeddings."""
         ...
 
-    def preprocess(self, data: bytes, kind: MediaKind) -> Patches:
+    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
         """Decodes, resizes and patches. Raises InvalidArgument."""
         ...
 
-    def embed(self, patches: Patches) -> torch.Tensor:
+    def embed(self, patches: RawPatches) -> torch.Tensor:
         """Embeddings [tokens, hidden] on the CPU."""
         ...
 
@@ -45,13 +48,3 @@ class Encoded:
     queue_ns: int = 0
     preprocess_ns: int = 0
     compute_ns: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Work of an encoder."""
-
-    queued_items: int
-    queued_patches: int
-    encoded_patches: int
-    cache_bytes: int

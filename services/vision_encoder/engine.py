@@ -12,15 +12,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import torch
 from opentelemetry import context as otel_context
 
 from chiasm import errors
 from chiasm.cache import ByteLRU
-from chiasm.model.patches import Patches
-from chiasm.services.vision_encoder.domain import Encoded, Load, MediaModel
+from chiasm.load import EncoderLoad
+from chiasm.model.patches import RawPatches
+from chiasm.services.vision_encoder.domain import Encoded, MediaModel
 from chiasm.telemetry import metrics, traces
 from chiasm.types import Grid, MediaKind
 
@@ -32,11 +33,11 @@ MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Job:
-    """An item on its way. `data` is given up as soon as it is decoded."""
+    """An item on its way. `file` is closed as soon as it is decoded."""
 
     digest: str
     kind: MediaKind
-    data: bytes
+    file: BinaryIO
     num_patches: int
     done: asyncio.Future[Encoded]
     admitted_ns: int = field(default_factory=time.monotonic_ns)
@@ -53,10 +54,11 @@ class EncoderEngine:
         self._model, self._max_queue_patches = model, max_queue_patches
         self._cache: ByteLRU[tuple[Encoded, torch.Tensor]] = ByteLRU(cache_bytes)
         self._jobs: dict[str, _Job] = {}
-        self._queued_patches = self._encoded_patches = 0
+        self._queued_patches = self._admitted_patches = self._encoded_patches = 0
+        self._busy_ns = 0
         self._patches_per_s = 0.0
         self._arrived: asyncio.Queue[_Job] = asyncio.Queue()  # bounded by _admit
-        self._prepared: asyncio.Queue[tuple[_Job, Patches]] = asyncio.Queue(maxsize=1)
+        self._prepared: asyncio.Queue[tuple[_Job, RawPatches]] = asyncio.Queue(maxsize=1)
         self._idle = asyncio.Event()
         self._idle.set()
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="preprocess")
@@ -80,17 +82,23 @@ class EncoderEngine:
         metrics.EMBEDDING_CACHE_HITS.inc()
         return replace(entry[0], cached=True, queue_ns=0, preprocess_ns=0, compute_ns=0)
 
-    async def encode(self, digest: str, kind: MediaKind, data: bytes) -> Encoded:
-        """Encodes a file whose digest has been checked.
+    async def encode(self, digest: str, kind: MediaKind, file: BinaryIO) -> Encoded:
+        """Encodes a file whose digest has been checked, and closes it.
 
         Raises InvalidArgument for a file that cannot be decoded or yields more than the cache
         holds, ResourceExhausted when the queue is full.
         """
-        grid = await asyncio.to_thread(self._model.plan, data, kind)
-        found = await self.find(digest)
-        if found is not None:
-            return found
-        return await self._wait(self._admit(digest, kind, data, grid))
+        job = None
+        try:
+            grid = await asyncio.to_thread(self._model.plan, file, kind)
+            found = await self.find(digest)
+            if found is not None:
+                return found
+            job = self._admit(digest, kind, file, grid)
+        finally:
+            if job is None:
+                file.close()
+        return await self._wait(job)
 
     def embeddings(self, digest: str) -> torch.Tensor:
         """Embeddings [tokens, hidden] on the CPU. Raises NotFound when they were evicted."""
@@ -101,12 +109,16 @@ class EncoderEngine:
             )
         return entry[1]
 
-    def load(self) -> Load:
+    def load(self) -> EncoderLoad:
         """How much there is to do, how much was done, what is held."""
-        return Load(
+        oldest_ns = min((job.admitted_ns for job in self._jobs.values()), default=None)
+        return EncoderLoad(
             queued_items=len(self._jobs),
             queued_patches=self._queued_patches,
-            encoded_patches=self._encoded_patches,
+            admitted_patches_total=self._admitted_patches,
+            encoded_patches_total=self._encoded_patches,
+            busy_s_total=self._busy_ns / 1e9,
+            oldest_wait_s=(time.monotonic_ns() - oldest_ns) / 1e9 if oldest_ns else 0.0,
             cache_bytes=self._cache.num_bytes,
         )
 
@@ -125,7 +137,7 @@ class EncoderEngine:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._compute.shutdown(wait=False, cancel_futures=True)
 
-    def _admit(self, digest: str, kind: MediaKind, data: bytes, grid: Grid) -> _Job:
+    def _admit(self, digest: str, kind: MediaKind, file: BinaryIO, grid: Grid) -> _Job:
         self._check_size(kind, grid)
         num_patches = grid.num_patches
         if self._jobs and self._queued_patches + num_patches > self._max_queue_patches:
@@ -135,8 +147,9 @@ class EncoderEngine:
             )
         metrics.EMBEDDING_CACHE_MISSES.inc()
         done: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
-        job = _Job(digest=digest, kind=kind, data=data, num_patches=num_patches, done=done)
+        job = _Job(digest=digest, kind=kind, file=file, num_patches=num_patches, done=done)
         self._jobs[digest] = job
+        self._admitted_patches += num_patches
         self._count_queued(num_patches)
         self._arrived.put_nowait(job)
         return job
@@ -171,15 +184,15 @@ class EncoderEngine:
             return  # forgotten by _wait
         job.is_started = True
         try:
-            work = partial(self._model.preprocess, job.data, job.kind)
+            work = partial(self._model.preprocess, job.file, job.kind)
             patches, job.preprocess_ns = await self._run(self._readers, job, "preprocess", work)
         except Exception as error:
             self._fail(job, error)
             return
-        job.data = b""
+        job.file.close()
         await self._prepared.put((job, patches))
 
-    async def _embed(self, job: _Job, patches: Patches) -> None:
+    async def _embed(self, job: _Job, patches: RawPatches) -> None:
         if not job.num_waiters:
             self._forget(job)
             return
@@ -217,6 +230,7 @@ class EncoderEngine:
         )
         self._cache.put(job.digest, (encoded, embeddings), embeddings.nbytes)
         self._encoded_patches += grid.num_patches
+        self._busy_ns += max(job.preprocess_ns, compute_ns)
         rate = grid.num_patches / max(compute_ns, 1) * 1e9
         self._patches_per_s = rate if not self._patches_per_s else (self._patches_per_s + rate) / 2
         self._observe(job.kind, encoded)
@@ -234,7 +248,7 @@ class EncoderEngine:
         """Takes an item off the books, once."""
         if self._jobs.get(job.digest) is job:
             del self._jobs[job.digest]
-            job.data = b""
+            job.file.close()
             self._count_queued(-job.num_patches)
 
     def _count_queued(self, num_patches: int) -> None:

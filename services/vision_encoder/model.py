@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import BinaryIO
+
 import torch
 from torch import nn
 
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.geometry import image_grid, num_tokens, video_grid
-from chiasm.model.images import preprocess_image
+from chiasm.model.images import read_image
 from chiasm.model.load import load_module
-from chiasm.model.patches import Patches
+from chiasm.model.patches import RawPatches
 from chiasm.model.probe import VideoLimits, probe_image, probe_video
 from chiasm.model.processing import ProcessingConfig
 from chiasm.model.resampler import Resampler
-from chiasm.model.video import preprocess_video
+from chiasm.model.video import read_video
 from chiasm.model.vision import VisionTower
 from chiasm.services.vision_encoder.config import EncoderSettings
 from chiasm.telemetry.progress import loading
@@ -70,33 +72,33 @@ class VisionModel:
             max_batch_patches=settings.max_batch_patches,
         )
 
-    def plan(self, data: bytes, kind: MediaKind) -> Grid:
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
         """The grid from the header alone: exact, or the largest possible where it does not tell.
 
         Raises InvalidArgument.
         """
         if kind is MediaKind.IMAGE:
-            width, height = probe_image(data, max_pixels=self._max_pixels)
+            width, height = probe_image(file, max_pixels=self._max_pixels)
             return image_grid(width, height, self._processing)
-        info = probe_video(data, self._video_limits)
+        info = probe_video(file, self._video_limits)
         return video_grid(info.num_frames, info.fps, info.width, info.height, self._processing)
 
     def embedding_bytes(self, grid: Grid) -> int:
         """Size of an item's embeddings."""
         return num_tokens(grid, self._tower.config) * self._weight.nbytes
 
-    def preprocess(self, data: bytes, kind: MediaKind) -> Patches:
+    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
         """Decodes, resizes and patches. Raises InvalidArgument."""
         if kind is MediaKind.IMAGE:
-            return preprocess_image(data, self._processing, max_pixels=self._max_pixels)
-        return preprocess_video(data, self._processing, limits=self._video_limits)
+            return read_image(file, self._processing, max_pixels=self._max_pixels)
+        return read_video(file, self._processing, limits=self._video_limits)
 
     @torch.inference_mode()
-    def embed(self, patches: Patches) -> torch.Tensor:
+    def embed(self, patches: RawPatches) -> torch.Tensor:
         """Embeddings [tokens, text_hidden] on the CPU, in the model's dtype.
 
         A long video takes several passes of whole frame pairs: no frame attends to another, and the
-        resampler joins pairs only.
+        resampler joins pairs only. Only the patches of a pass are normalised at a time.
         """
         t, h, w = patches.grid
         pair = self._resampler.temporal_merge_size
@@ -104,6 +106,7 @@ class VisionModel:
         parts = []
         for start in range(0, t, step):
             grid = Grid(min(step, t - start), h, w)
-            pixels = patches.pixels[start * h * w :][: grid.num_patches].to(self._weight.device)
+            first = start * h * w
+            pixels = patches.rows(first, first + grid.num_patches, self._weight.device)
             parts.append(self._resampler(self._tower(pixels, [grid]), [grid]).cpu())
         return torch.cat(parts)

@@ -11,9 +11,9 @@ import structlog
 from chiasm import errors
 from chiasm.services.vision_encoder.domain import Encoded
 from chiasm.services.vision_encoder.engine import EncoderEngine
-from chiasm.services.vision_encoder.upload import Header, Uploads, next_part, receive
+from chiasm.services.vision_encoder.upload import Header, Uploads, next_part
 from chiasm.telemetry import traces
-from chiasm.transport import tensors
+from chiasm.transport import loads, tensors
 from chiasm.types import MediaKind
 from chiasm.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
 
@@ -79,13 +79,7 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
     async def GetLoad(
         self, request: encoder_pb2.GetEncoderLoadRequest, context: Context
     ) -> encoder_pb2.EncoderLoad:
-        load = self._loaded().load()
-        return encoder_pb2.EncoderLoad(
-            queued_items=load.queued_items,
-            queued_patches=load.queued_patches,
-            encoded_patches=load.encoded_patches,
-            cache_bytes=load.cache_bytes,
-        )
+        return loads.encoder_to_proto(self._loaded().load())
 
     async def drain(self) -> None:
         """Refuses new items and waits for those under way; embeddings may still be fetched."""
@@ -110,8 +104,8 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
         parts: AsyncIterator[encoder_pb2.EncodeRequest],
     ) -> Encoded:
         with self._uploads.reserve(header.size_bytes):
-            data = await receive(header, parts)
-            return await engine.encode(header.digest, header.kind, data)
+            file = await self._uploads.receive(header, parts)
+            return await engine.encode(header.digest, header.kind, file)
 
 
 def _log(kind: MediaKind, encoded: Encoded) -> None:

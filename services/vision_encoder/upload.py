@@ -1,13 +1,20 @@
-"""Receives a file in chunks, bounded before memory is taken and checked against its header."""
+"""Receives a file in chunks, bounded before memory is taken and checked against its header.
+
+Large files go to a temporary file without a name: its room is free again once it is closed, however
+the process ends.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import re
+import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from chiasm import errors
 from chiasm.transport.enums import MEDIA_KINDS
@@ -44,8 +51,10 @@ async def next_part(
 class Uploads:
     """Uploads in progress and files waiting for their turn share one budget of bytes."""
 
-    def __init__(self, *, max_media_bytes: int, max_upload_bytes: int) -> None:
-        self._max_media_bytes = max_media_bytes
+    def __init__(
+        self, *, max_media_bytes: int, max_upload_bytes: int, max_memory_bytes: int
+    ) -> None:
+        self._max_media_bytes, self._max_memory_bytes = max_media_bytes, max_memory_bytes
         self._max_upload_bytes = max(max_upload_bytes, max_media_bytes)
         self._held_bytes = 0
 
@@ -64,6 +73,28 @@ class Uploads:
             )
         return Header(digest=wire.digest, kind=MEDIA_KINDS[wire.kind], size_bytes=wire.size_bytes)
 
+    async def receive(
+        self, header: Header, requests: AsyncIterator[encoder_pb2.EncodeRequest]
+    ) -> BinaryIO:
+        """The file that follows its header, whole; the caller closes it.
+
+        Raises InvalidArgument when it is shorter or longer than announced or its digest differs,
+        ResourceExhausted when the disk is full.
+        """
+        is_large = header.size_bytes > self._max_memory_bytes
+        try:
+            with ExitStack() as held:
+                file = held.enter_context(_empty_file(on_disk=is_large))
+                async for chunk in _chunks(header, requests):
+                    # The event loop does not wait for a disk.
+                    await asyncio.to_thread(file.write, chunk) if is_large else file.write(chunk)
+                held.pop_all()
+        except OSError as error:
+            raise errors.ResourceExhausted(
+                f"the upload cannot be stored: {error.strerror}", retry_after_s=1.0
+            ) from None
+        return file
+
     @contextmanager
     def reserve(self, num_bytes: int) -> Iterator[None]:
         """Holds room for a file. Raises ResourceExhausted when there is none."""
@@ -79,26 +110,31 @@ class Uploads:
             self._held_bytes -= num_bytes
 
 
-async def receive(header: Header, requests: AsyncIterator[encoder_pb2.EncodeRequest]) -> bytes:
-    """The file that follows its header.
+def _empty_file(*, on_disk: bool) -> BinaryIO:
+    if on_disk:
+        return tempfile.TemporaryFile()
+    return io.BytesIO()
 
-    Raises InvalidArgument when it is shorter or longer than announced or its digest differs.
-    """
+
+async def _chunks(
+    header: Header, requests: AsyncIterator[encoder_pb2.EncodeRequest]
+) -> AsyncIterator[bytes]:
+    """The pieces of the file; raises InvalidArgument after the last when they are not the file."""
     digest = hashlib.sha256(f"{header.kind}\0".encode())
-    data = bytearray()
+    num_bytes = 0
     while (part := await next_part(requests)) is not None:
         if part.WhichOneof("part") != "chunk":
             raise errors.InvalidArgument("chunk", "only chunks may follow the header")
-        if len(data) + len(part.chunk) > header.size_bytes:
+        num_bytes += len(part.chunk)
+        if num_bytes > header.size_bytes:
             raise errors.InvalidArgument(
                 "chunk", f"more than the {header.size_bytes} bytes announced"
             )
-        data += part.chunk
         digest.update(part.chunk)
-    if len(data) < header.size_bytes:
+        yield part.chunk
+    if num_bytes < header.size_bytes:
         raise errors.InvalidArgument(
-            "chunk", f"upload ended after {len(data)} of {header.size_bytes} bytes"
+            "chunk", f"upload ended after {num_bytes} of {header.size_bytes} bytes"
         )
     if digest.hexdigest() != header.digest:
         raise errors.InvalidArgument("header.digest", "differs from the digest of the bytes")
-    return bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from chiasm import errors
 from chiasm.services.decoder.blocks import BlockPool
 from chiasm.services.decoder.scheduler import Chunk, Schedule, Scheduler
 from chiasm.services.decoder.sequence import MediaRows, Sampling, Sequence
+from chiasm.services.decoder.speculation import num_accepted
 from chiasm.types import TOKEN_IMAGE, TOKEN_TEXT, Modality
 
 ALL = frozenset(Modality)
@@ -43,11 +45,24 @@ def sequence(
     )
 
 
-def scheduler(num_blocks: int, block_size: int = 4, **limits: int) -> Scheduler:
+def scheduler(num_blocks: int, block_size: int = 4, **settings: Any) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks, block_size),
-        **{"max_running": 4, "max_waiting": 100, "max_step_tokens": 16, **limits},
+        **{"max_running": 4, "max_waiting": 100, "max_step_tokens": 16, **settings},
     )
+
+
+class Guesses:
+    """Guesses some tokens ahead, each of them right or wrong by chance."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    def draft(self, seq: Sequence, room: int) -> tuple[int, ...]:
+        assert room > 0
+        truth = range(100 + seq.num_generated, 100 + seq.num_generated + room)
+        count = self._random.randint(0, room)
+        return tuple(t if self._random.random() < 0.7 else 99 for t in truth[:count])
 
 
 class Machine:
@@ -56,14 +71,14 @@ class Machine:
     def __init__(self, target: Scheduler) -> None:
         self.target = target
         self.memory: dict[int, object] = {}
-        self.computed = 0
+        self.computed = self.accepted = 0
 
     def step(self, pools: frozenset[Modality] = ALL) -> Schedule:
         schedule = self.target.schedule(pools)
         rows = [(c, slot, i) for c in schedule.chunks for slot, i in self._slots(c)]
         assert len({slot for _, slot, _ in rows}) == len(rows), "two tokens in one slot"
         for chunk, slot, i in rows:
-            self.memory[slot] = history(chunk.sequence, i)
+            self.memory[slot] = history(chunk.sequence, i, chunk.draft)
         for chunk in schedule.chunks:
             self._compute(chunk)
         self.target.blocks.check()
@@ -78,20 +93,25 @@ class Machine:
         assert chunk.start == seq.num_computed
         for i in range(chunk.stop):
             slot = seq.table.blocks[i // size] * size + i % size
-            assert self.memory[slot] == history(seq, i), "reads somebody else's keys"
+            assert self.memory[slot] == history(seq, i, chunk.draft), "reads somebody else's keys"
         self.computed += chunk.num_tokens
-        is_last = chunk.is_last
-        self.target.commit(seq, chunk.stop)
-        if is_last:
-            seq.token_ids.append(100 + seq.num_generated)
-            if seq.num_generated == seq.sampling.max_tokens:
-                self.target.remove(seq)
+        if not chunk.is_last:
+            self.target.commit(seq, chunk.stop)
+            return
+        truth = range(100 + seq.num_generated, 100 + seq.num_generated + len(chunk.draft) + 1)
+        accepted = num_accepted(chunk.draft, truth)
+        self.accepted += accepted
+        for token_id in truth[: accepted + 1]:
+            seq.token_ids.append(token_id)
+            self.target.commit(seq, len(seq.token_ids) - 1)
+        if seq.num_generated == seq.sampling.max_tokens:
+            self.target.remove(seq)
 
 
-def history(seq: Sequence, index: int) -> object:
+def history(seq: Sequence, index: int, draft: tuple[int, ...] = ()) -> object:
     """Everything the keys and values of token `index` depend on."""
     media = tuple((m.offset, m.digest) for m in seq.media if m.offset <= index)
-    return tuple(seq.token_ids[: index + 1]), seq.prompt_types[: index + 1], media
+    return (*seq.token_ids, *draft)[: index + 1], seq.prompt_types[: index + 1], media
 
 
 def random_requests(random: Random) -> list[Sequence]:
@@ -109,12 +129,15 @@ def random_requests(random: Random) -> list[Sequence]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_every_request_ends_and_reads_its_own_history(seed: int) -> None:
+@given(seed=st.integers(0, 2**32 - 1), guesses=st.booleans())
+def test_every_request_ends_and_reads_its_own_history(seed: int, guesses: bool) -> None:
     random = Random(seed)
     max_running, max_step_tokens = random.randint(1, 6), random.randint(6, 40)
     target = scheduler(
-        random.randint(14, 40), max_running=max_running, max_step_tokens=max_step_tokens
+        random.randint(14, 40),
+        max_running=max_running,
+        max_step_tokens=max_step_tokens,
+        drafter=Guesses(random) if guesses else None,
     )
     machine, pending = Machine(target), random_requests(random)
     aborted, everyone = set(), list(pending)
@@ -137,8 +160,33 @@ def test_every_request_ends_and_reads_its_own_history(seed: int) -> None:
     else:
         raise AssertionError("some request never ends")
     for seq in everyone:
+        answer = list(range(100, 100 + seq.num_generated))
+        assert seq.token_ids[seq.num_prompt :] == answer
         assert id(seq) in aborted or seq.num_generated == seq.sampling.max_tokens
     assert target.blocks.num_held == 0
+
+
+def test_guesses_preempt_nobody() -> None:
+    """The same steps admit and preempt the same requests, however much is guessed."""
+    target = scheduler(6, max_step_tokens=64, drafter=Guesses(Random(1)))
+    machine, first, second = Machine(target), sequence([1] * 6, 12), sequence([2] * 6, 4)
+    target.add(first)
+    target.add(second)
+    preempted = [s for _ in range(30) for s in machine.step().preempted if any(target)]
+    assert not preempted
+    assert machine.accepted > 0
+    assert (first.num_generated, second.num_generated) == (12, 4)
+
+
+def test_guesses_leave_a_prefill_its_share() -> None:
+    target = scheduler(100, max_step_tokens=8, drafter=Guesses(Random(2)))
+    machine, short, long = Machine(target), sequence(3, 60), sequence([5] * 100, 2)
+    target.add(short)
+    machine.step()
+    target.add(long)
+    for _ in range(10):
+        chunks = machine.step().chunks
+        assert {id(c.sequence): c.num_tokens for c in chunks} == {id(short): 1, id(long): 7}
 
 
 def test_the_oldest_request_advances_in_every_step() -> None:

@@ -200,6 +200,25 @@ async def test_several_answers(stack: Stack, decoder: FakeDecoder, client: Async
     assert asked == [True, False, False]
 
 
+async def test_several_answers_share_a_decoder(stack: Stack, client: AsyncClient) -> None:
+    """Where the first one is; when that decoder goes away, all of them meet at another one."""
+    decoders = [await stack.add_decoder() for _ in range(3)]
+
+    async def lost(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(9)
+        raise errors.Unavailable("gone")
+
+    home = min(decoders, key=lambda decoder: decoder.address)
+    home.scripts.extend([lost] * 2)
+    result = await client.complete("x", sampling=Sampling(n=4, temperature=1))
+    assert sorted(len(choice.token_ids) for choice in result.choices) == [3, 3, 4, 4]
+    others = sorted(len(d.requests) for d in decoders if d is not home)
+    assert others[0] == 0
+    assert len(home.requests) + others[1] == 6
+    await client.complete("x", sampling=Sampling(n=4, temperature=1))
+    assert sorted(len(d.requests) for d in decoders if d is not home) == others
+
+
 async def test_one_failed_answer_ends_all(
     stack: Stack, decoder: FakeDecoder, client: AsyncClient
 ) -> None:

@@ -15,6 +15,7 @@ from gateway.harness import (
     TOKENS,
     FakeDecoder,
     FakeEncoder,
+    Script,
     Stack,
     finished_event,
     png,
@@ -59,6 +60,46 @@ async def test_text_request(stack: Stack, decoder: FakeDecoder, client: AsyncCli
     assert (result.timings.prefill_ns, result.timings.decode_ns) == (7, 9)
     assert result.timings.total_ns > result.timings.layout_ns > 0
     assert result.timings.encode_ns == 0
+
+
+async def test_cached_tokens_are_those_of_the_first_decoder(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    def script(num_cached: int, is_lost: bool) -> Script:
+        async def answer(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+            event = tokens_event(5)
+            event.tokens.cached_tokens = num_cached
+            yield event
+            yield tokens_event(6)
+            if is_lost:
+                raise errors.Unavailable("gone")
+            yield finished_event()
+
+        return answer
+
+    decoder.scripts.extend([script(16, True), script(32, False)])
+    result = await client.complete("Hello!")
+    assert len(result.token_ids) == 4
+    assert result.usage.cached_tokens == 16
+    decoder.scripts.extend([script(3, False), script(48, False)])
+    result = await client.complete("Hello!", sampling=Sampling(n=2))
+    assert (result.usage.cached_tokens, result.usage.completion_tokens) == (3, 4)
+
+
+async def test_a_chat_whose_text_is_too_long_is_refused_before_its_media_are_encoded(
+    tiny_checkpoint: Path,
+) -> None:
+    async with (
+        running(tiny_checkpoint) as stack,
+        AsyncClient(stack.address, timeout_s=20.0) as client,
+    ):
+        encoder = await stack.add_encoder()
+        long = [user(image(png()), "word " * 5000)]
+        with pytest.raises(errors.InvalidArgument) as caught:
+            await client.complete(long)
+        assert caught.value.field == "chat.messages"
+        assert not encoder.headers
+        assert (await client.count_tokens(long)).prompt_tokens > 4096
 
 
 async def test_max_tokens_ends_with_length(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import BinaryIO
 
 import pytest
 import torch
 
 from chiasm import errors
-from chiasm.model.patches import Patches
+from chiasm.model.patches import RawPatches
+from chiasm.model.processing import PixelSettings
+from chiasm.services.vision_encoder.domain import Encoded
 from chiasm.services.vision_encoder.engine import EncoderEngine
 from chiasm.types import Grid, MediaKind
 
@@ -19,6 +23,9 @@ GRID = Grid(1, 4, 6)
 TOKENS = 6
 ITEM_BYTES = TOKENS * 8 * 4
 WAIT_S = 10
+SETTINGS = PixelSettings(
+    min_pixels=1, max_pixels=10, rescale_factor=1 / 255, mean=(0, 0, 0), std=(1, 1, 1)
+)
 
 
 class FakeModel:
@@ -34,26 +41,31 @@ class FakeModel:
         self.decoding.set()
         self.embedded: list[bytes] = []
         self.preprocessed: list[bytes] = []
-        self.pixels: dict[int, bytes] = {}
+        self.levels: dict[int, bytes] = {}
+        self.files: list[BinaryIO] = []
 
-    def plan(self, data: bytes, kind: MediaKind) -> Grid:
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
+        assert not file.closed
+        self.files.append(file)
         return GRID
 
     def embedding_bytes(self, grid: Grid) -> int:
         return ITEM_BYTES
 
-    def preprocess(self, data: bytes, kind: MediaKind) -> Patches:
+    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
         assert self.decoding.wait(WAIT_S)
+        file.seek(0)
+        data = file.read()
         self.preprocessed.append(data)
         if data == b"bad":
             raise errors.InvalidArgument(kind, "cannot be decoded")
-        patches = Patches(pixels=torch.zeros(24, 588), grid=GRID)
-        self.pixels[id(patches)] = data
+        patches = RawPatches(levels=torch.zeros(24, 3, 196).byte(), grid=GRID, settings=SETTINGS)
+        self.levels[id(patches)] = data
         return patches
 
-    def embed(self, patches: Patches) -> torch.Tensor:
+    def embed(self, patches: RawPatches) -> torch.Tensor:
         assert self.gate.wait(WAIT_S)
-        data = self.pixels.pop(id(patches))
+        data = self.levels.pop(id(patches))
         if data == b"defect":
             raise RuntimeError("defect")
         self.embedded.append(data)
@@ -73,10 +85,15 @@ async def engine(model: FakeModel) -> AsyncIterator[EncoderEngine]:
     model.decoding.set()
     model.gate.set()
     await engine.close()
+    assert all(file.closed for file in model.files)
 
 
-def begin(engine: EncoderEngine, name: bytes) -> asyncio.Task[object]:
-    return asyncio.create_task(engine.encode(name.decode(), IMAGE, name))
+def encode(engine: EncoderEngine, name: bytes) -> Awaitable[Encoded]:
+    return engine.encode(name.decode(), IMAGE, io.BytesIO(name))
+
+
+def begin(engine: EncoderEngine, name: bytes) -> asyncio.Task[Encoded]:
+    return asyncio.ensure_future(encode(engine, name))
 
 
 async def until(predicate: Callable[[], bool]) -> None:
@@ -90,7 +107,7 @@ async def until_queued(engine: EncoderEngine, num_items: int) -> None:
 
 
 async def test_encodes_then_answers_from_the_cache(engine: EncoderEngine, model: FakeModel) -> None:
-    first = await engine.encode("a", IMAGE, b"a")
+    first = await encode(engine, b"a")
     assert (first.grid, first.num_tokens, first.cached) == (GRID, TOKENS, False)
     again = await engine.find("a")
     assert again is not None
@@ -100,7 +117,7 @@ async def test_encodes_then_answers_from_the_cache(engine: EncoderEngine, model:
     assert torch.equal(engine.embeddings("a"), torch.full((TOKENS, 8), float(ord("a"))))
     assert model.embedded == [b"a"]
     load = engine.load()
-    assert (load.queued_items, load.encoded_patches, load.cache_bytes) == (0, 24, ITEM_BYTES)
+    assert (load.queued_items, load.encoded_patches_total, load.cache_bytes) == (0, 24, ITEM_BYTES)
 
 
 async def test_same_digest_is_computed_once(engine: EncoderEngine, model: FakeModel) -> None:
@@ -117,7 +134,7 @@ async def test_same_digest_is_computed_once(engine: EncoderEngine, model: FakeMo
 
 async def test_eviction_is_told_by_reason(engine: EncoderEngine) -> None:
     for name in (b"a", b"b", b"c", b"d"):
-        await engine.encode(name.decode(), IMAGE, name)
+        await encode(engine, name)
     with pytest.raises(errors.NotFound) as caught:
         engine.embeddings("a")
     assert caught.value.reason == "EMBEDDING_EVICTED"
@@ -130,19 +147,19 @@ async def test_full_queue_refuses_and_recovers(engine: EncoderEngine, model: Fak
     await until_queued(engine, 4)
     assert engine.load().queued_patches == 4 * 24
     with pytest.raises(errors.ResourceExhausted) as caught:
-        await engine.encode("e", IMAGE, b"e")
+        await encode(engine, b"e")
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s > 0
     model.gate.set()
     await asyncio.gather(*tasks)
     assert engine.load().queued_patches == 0
-    assert not (await engine.encode("e", IMAGE, b"e")).cached
+    assert not (await encode(engine, b"e")).cached
 
 
 async def test_item_larger_than_the_queue_is_taken_when_alone(model: FakeModel) -> None:
     engine = EncoderEngine(model, cache_bytes=ITEM_BYTES, max_queue_patches=1)
     engine.start()
-    assert (await engine.encode("a", IMAGE, b"a")).num_tokens == TOKENS
+    assert (await encode(engine, b"a")).num_tokens == TOKENS
     await engine.close()
 
 
@@ -150,7 +167,7 @@ async def test_item_larger_than_the_cache_is_refused(model: FakeModel) -> None:
     engine = EncoderEngine(model, cache_bytes=ITEM_BYTES - 1, max_queue_patches=100)
     engine.start()
     with pytest.raises(errors.InvalidArgument) as caught:
-        await engine.encode("a", IMAGE, b"a")
+        await encode(engine, b"a")
     assert caught.value.field == "image"
     assert not model.preprocessed
     await engine.close()
@@ -200,7 +217,7 @@ async def test_abandoned_item_is_dropped_before_it_starts(
     await engine.wait_idle()
     assert model.embedded == [b"a", b"c"]
     assert model.preprocessed == [b"a", b"b", b"c"]
-    assert not (await engine.encode("d", IMAGE, b"d")).cached
+    assert not (await encode(engine, b"d")).cached
 
 
 async def test_close_frees_those_who_wait(model: FakeModel) -> None:

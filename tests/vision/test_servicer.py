@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import REGISTRY
 
 from chiasm import errors
-from chiasm.model.patches import Patches
+from chiasm.model.patches import RawPatches
+from chiasm.model.processing import PixelSettings
 from chiasm.services.vision_encoder.engine import EncoderEngine
 from chiasm.services.vision_encoder.servicer import VisionEncoderServicer
 from chiasm.services.vision_encoder.upload import Uploads
@@ -27,6 +28,9 @@ from chiasm.v1 import common_pb2, encoder_pb2
 NUM_ROWS, NUM_COLUMNS = 3000, 130
 GRID = Grid(1, 100, 120)
 NO_CONTEXT: Any = None
+SETTINGS = PixelSettings(
+    min_pixels=1, max_pixels=10, rescale_factor=1 / 255, mean=(0, 0, 0), std=(1, 1, 1)
+)
 
 
 class SmallModel:
@@ -36,18 +40,23 @@ class SmallModel:
         self.gate = threading.Event()
         self.gate.set()
 
-    def plan(self, data: bytes, kind: MediaKind) -> Grid:
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
         return GRID
 
     def embedding_bytes(self, grid: Grid) -> int:
         return NUM_ROWS * NUM_COLUMNS * 4
 
-    def preprocess(self, data: bytes, kind: MediaKind) -> Patches:
-        return Patches(pixels=torch.zeros(GRID.num_patches, 1), grid=GRID)
+    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
+        levels = torch.zeros(GRID.num_patches, 3, 1, dtype=torch.uint8)
+        return RawPatches(levels=levels, grid=GRID, settings=SETTINGS)
 
-    def embed(self, patches: Patches) -> torch.Tensor:
+    def embed(self, patches: RawPatches) -> torch.Tensor:
         assert self.gate.wait(10)
         return torch.arange(NUM_ROWS)[:, None].repeat(1, NUM_COLUMNS).float()
+
+
+def uploads() -> Uploads:
+    return Uploads(max_media_bytes=100, max_upload_bytes=100, max_memory_bytes=50)
 
 
 @pytest.fixture
@@ -57,7 +66,7 @@ def model() -> SmallModel:
 
 @pytest.fixture
 async def servicer(model: SmallModel) -> AsyncIterator[VisionEncoderServicer]:
-    servicer = VisionEncoderServicer(Uploads(max_media_bytes=100, max_upload_bytes=100))
+    servicer = VisionEncoderServicer(uploads())
     servicer.engine = EncoderEngine(model, cache_bytes=1 << 22, max_queue_patches=1 << 20)
     servicer.engine.start()
     yield servicer
@@ -88,7 +97,7 @@ async def test_fetch_streams_every_row_in_order(servicer: VisionEncoderServicer)
 
 
 async def test_unavailable_while_loading() -> None:
-    servicer = VisionEncoderServicer(Uploads(max_media_bytes=100, max_upload_bytes=100))
+    servicer = VisionEncoderServicer(uploads())
     with pytest.raises(errors.Unavailable) as caught:
         await servicer.Encode(upload(b"x"), NO_CONTEXT)
     assert caught.value.retry_after_s is not None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import io
+import os
+import tempfile
 from collections.abc import AsyncIterator
+from typing import IO
 
 import pytest
 
 from chiasm import errors
 from chiasm.services.vision_encoder import upload
-from chiasm.services.vision_encoder.upload import Header, Uploads, next_part, receive
+from chiasm.services.vision_encoder.upload import Header, Uploads, next_part
 from chiasm.types import MediaKind
 from chiasm.v1 import common_pb2, encoder_pb2
 
@@ -19,8 +24,8 @@ DIGEST = hashlib.sha256(b"image\0" + FILE).hexdigest()
 HEADER = Header(digest=DIGEST, kind=MediaKind.IMAGE, size_bytes=len(FILE))
 
 
-def uploads() -> Uploads:
-    return Uploads(max_media_bytes=100, max_upload_bytes=150)
+def uploads(max_memory_bytes: int = 100) -> Uploads:
+    return Uploads(max_media_bytes=100, max_upload_bytes=150, max_memory_bytes=max_memory_bytes)
 
 
 def header(**changes: object) -> encoder_pb2.EncodeRequest:
@@ -60,8 +65,12 @@ def test_wrong_header_is_refused(first: encoder_pb2.EncodeRequest | None, field:
 
 
 @pytest.mark.parametrize("parts", [(FILE,), (FILE[:3], FILE[3:]), (b"", FILE[:9], b"", FILE[9:])])
-async def test_file_is_put_together(parts: tuple[bytes, ...]) -> None:
-    assert await receive(HEADER, chunks(*parts)) == FILE
+@pytest.mark.parametrize("max_memory_bytes", [0, 9, 10])
+async def test_file_is_put_together(max_memory_bytes: int, parts: tuple[bytes, ...]) -> None:
+    with await uploads(max_memory_bytes).receive(HEADER, chunks(*parts)) as file:
+        assert isinstance(file, io.BytesIO) is (max_memory_bytes >= len(FILE))
+        file.seek(0)
+        assert file.read() == FILE
 
 
 @pytest.mark.parametrize(
@@ -74,16 +83,60 @@ async def test_file_is_put_together(parts: tuple[bytes, ...]) -> None:
         ((b"x" * 10,), "header.digest"),
     ],
 )
-async def test_wrong_bytes_are_refused(parts: tuple[bytes, ...], field: str) -> None:
+@pytest.mark.parametrize("max_memory_bytes", [0, 10])
+async def test_wrong_bytes_are_refused(
+    max_memory_bytes: int, parts: tuple[bytes, ...], field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = watched_files(monkeypatch)
     with pytest.raises(errors.InvalidArgument) as caught:
-        await receive(HEADER, chunks(*parts))
+        await uploads(max_memory_bytes).receive(HEADER, chunks(*parts))
     assert caught.value.field == field
+    assert len(made) == (not max_memory_bytes)
+    assert all(file.closed for file in made)
+
+
+def watched_files(monkeypatch: pytest.MonkeyPatch) -> list[IO[bytes]]:
+    """Temporary files made from now on; none of them has a name."""
+    made: list[IO[bytes]] = []
+    make = tempfile.TemporaryFile
+
+    def make_and_note() -> IO[bytes]:
+        made.append(make())
+        assert not os.stat(made[-1].fileno()).st_nlink
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", make_and_note)
+    return made
+
+
+async def test_upload_that_is_given_up_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = watched_files(monkeypatch)
+
+    async def parts() -> AsyncIterator[encoder_pb2.EncodeRequest]:
+        yield encoder_pb2.EncodeRequest(chunk=FILE[:5])
+        await asyncio.Event().wait()
+
+    upload_task = asyncio.create_task(uploads(0).receive(HEADER, parts()))
+    await asyncio.sleep(0.05)
+    upload_task.cancel()
+    await asyncio.wait({upload_task})
+    assert [file.closed for file in made] == [True]
+
+
+async def test_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> IO[bytes]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(errors.ResourceExhausted, match="No space left") as caught:
+        await uploads(0).receive(HEADER, chunks(FILE))
+    assert caught.value.retry_after_s is not None
 
 
 async def test_digest_covers_the_kind() -> None:
     as_video = Header(digest=DIGEST, kind=MediaKind.VIDEO, size_bytes=len(FILE))
     with pytest.raises(errors.InvalidArgument) as caught:
-        await receive(as_video, chunks(FILE))
+        await uploads().receive(as_video, chunks(FILE))
     assert caught.value.field == "header.digest"
 
 
@@ -92,7 +145,7 @@ async def test_second_header_is_refused() -> None:
         yield header()
 
     with pytest.raises(errors.InvalidArgument) as caught:
-        await receive(HEADER, parts())
+        await uploads().receive(HEADER, parts())
     assert caught.value.field == "chunk"
 
 

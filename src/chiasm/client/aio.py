@@ -14,18 +14,30 @@ from chiasm.client import calls, codec, events
 from chiasm.client.assembly import Assembler
 from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
 from chiasm.transport import channel
+from chiasm.types import TlsFiles
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
 
 class AsyncClient:
     """Speaks to a gateway at host:port. Calls raise chiasm.errors and are bounded in time.
 
-    Use as an async context manager, or call `close`. Belongs to the event loop it is made in.
+    Use as an async context manager, or call `close`. With `tls`, which may be empty, the
+    connection is encrypted; without, plain text. Belongs to the event loop it is made in.
     """
 
-    def __init__(self, endpoint: str, *, timeout_s: float = calls.DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        timeout_s: float = calls.DEFAULT_TIMEOUT_S,
+        tls: TlsFiles | None = None,
+        api_key: str = "",
+    ) -> None:
         self._endpoint, self._timeout_s = endpoint, timeout_s
-        self._channel = channel.open_channel(endpoint, max_message_bytes=calls.MAX_MESSAGE_BYTES)
+        self._credentials = calls.credentials(api_key)
+        self._channel = channel.open_channel(
+            endpoint, max_message_bytes=calls.MAX_MESSAGE_BYTES, files=tls
+        )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     async def __aenter__(self) -> AsyncClient:
@@ -72,7 +84,7 @@ class AsyncClient:
         span = calls.start_span(prompt, options)
         with calls.ending(span), calls.rpc_errors():
             with trace.use_span(span):
-                metadata = calls.metadata(request_id)
+                metadata = calls.metadata(request_id, self._credentials)
             call = self._stub.Generate(
                 request, timeout=timeout_s or self._timeout_s, metadata=metadata
             )
@@ -125,16 +137,17 @@ class AsyncClient:
             answer = await self._stub.CountTokens(
                 request,
                 timeout=timeout_s or self._timeout_s,
-                metadata=calls.metadata(calls.new_request_id("")),
+                metadata=calls.metadata(calls.new_request_id(""), self._credentials),
             )
         return codec.usage(answer.usage)
 
     async def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
         """The served model and the gateway's limits."""
         with calls.rpc_errors():
-            return codec.model(
-                await self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_s)
+            answer = await self._stub.GetModel(
+                inference_pb2.GetModelRequest(), timeout=timeout_s, metadata=self._credentials
             )
+        return codec.model(answer)
 
     async def wait_ready(self, timeout_s: float = calls.SHORT_TIMEOUT_S) -> None:
         """Returns once the gateway says SERVING; raises Unavailable if that takes too long."""
@@ -143,7 +156,9 @@ class AsyncClient:
         polls = calls.Polls(timeout_s, self._endpoint)
         while True:
             try:
-                answer = await health.Check(request, timeout=polls.left_s())
+                answer = await health.Check(
+                    request, timeout=polls.left_s(), metadata=self._credentials
+                )
             except grpc.RpcError:
                 pass
             else:

@@ -35,10 +35,21 @@ def new_request_id(request_id: str) -> str:
     return request_id or uuid.uuid4().hex
 
 
-def metadata(request_id: str) -> traces.Metadata:
+def metadata(request_id: str, credentials: traces.Metadata) -> traces.Metadata:
     """Metadata of a call. An id that cannot travel in metadata is left to the gateway to refuse."""
     fits = request_id.isascii() and request_id.isprintable()
-    return traces.metadata(request_id) if fits else tuple(traces.inject().items())
+    context = traces.metadata(request_id) if fits else tuple(traces.inject().items())
+    return (*context, *credentials)
+
+
+def credentials(api_key: str) -> traces.Metadata:
+    """The metadata that shows an API key; none without a key.
+
+    Raises InvalidArgument for a key that cannot travel in metadata.
+    """
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise errors.InvalidArgument("api_key", "must be printable ASCII")
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 @contextlib.contextmanager
@@ -78,6 +89,8 @@ def record(span: Span, event: Event) -> None:
             span.set_attribute("gen_ai.response.finish_reasons", [event.reason])
             span.set_attribute("gen_ai.usage.input_tokens", event.usage.prompt_tokens)
             span.set_attribute("gen_ai.usage.output_tokens", event.usage.completion_tokens)
+            cached = event.usage.cached_tokens
+            span.set_attribute("gen_ai.usage.cache_read.input_tokens", cached)
 
 
 @contextlib.contextmanager

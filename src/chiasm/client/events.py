@@ -14,13 +14,17 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens by modality; delimiters of media count as text."""
+    """Tokens by modality; delimiters of media count as text.
+
+    cached_tokens: of the prompt's, those that were in the decoder's prefix cache.
+    """
 
     prompt_tokens: int
     prompt_text_tokens: int
     prompt_image_tokens: int
     prompt_video_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,19 +14,29 @@ from chiasm.client import calls, codec, events
 from chiasm.client.assembly import assemble
 from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
 from chiasm.transport import channel
+from chiasm.types import TlsFiles
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
 
 class Client:
     """Speaks to a gateway at host:port. Calls raise chiasm.errors and are bounded in time.
 
-    Use as a context manager, or call `close`. Safe to share between threads.
+    Use as a context manager, or call `close`. With `tls`, which may be empty, the
+    connection is encrypted; without, plain text. Safe to share between threads.
     """
 
-    def __init__(self, endpoint: str, *, timeout_s: float = calls.DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        timeout_s: float = calls.DEFAULT_TIMEOUT_S,
+        tls: TlsFiles | None = None,
+        api_key: str = "",
+    ) -> None:
         self._endpoint, self._timeout_s = endpoint, timeout_s
-        self._channel = grpc.insecure_channel(
-            endpoint, options=channel.options(calls.MAX_MESSAGE_BYTES)
+        self._credentials = calls.credentials(api_key)
+        self._channel = channel.open_blocking_channel(
+            endpoint, max_message_bytes=calls.MAX_MESSAGE_BYTES, files=tls
         )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
@@ -83,7 +93,7 @@ class Client:
         span = calls.start_span(prompt, options)
         with calls.ending(span), calls.rpc_errors():
             with trace.use_span(span):
-                metadata = calls.metadata(request.request_id)
+                metadata = calls.metadata(request.request_id, self._credentials)
             call = self._stub.Generate(request, timeout=timeout_s, metadata=metadata)
             try:
                 for answer in call:
@@ -133,16 +143,17 @@ class Client:
             answer = self._stub.CountTokens(
                 request,
                 timeout=timeout_s or self._timeout_s,
-                metadata=calls.metadata(calls.new_request_id("")),
+                metadata=calls.metadata(calls.new_request_id(""), self._credentials),
             )
         return codec.usage(answer.usage)
 
     def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
         """The served model and the gateway's limits."""
         with calls.rpc_errors():
-            return codec.model(
-                self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_s)
+            answer = self._stub.GetModel(
+                inference_pb2.GetModelRequest(), timeout=timeout_s, metadata=self._credentials
             )
+        return codec.model(answer)
 
     def wait_ready(self, timeout_s: float = calls.SHORT_TIMEOUT_S) -> None:
         """Returns once the gateway says SERVING; raises Unavailable if that takes too long."""
@@ -151,7 +162,7 @@ class Client:
         polls = calls.Polls(timeout_s, self._endpoint)
         while True:
             try:
-                answer = health.Check(request, timeout=polls.left_s())
+                answer = health.Check(request, timeout=polls.left_s(), metadata=self._credentials)
             except grpc.RpcError:
                 pass
             else:

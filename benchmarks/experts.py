@@ -1,0 +1,152 @@
+"""Routed experts by precision: how much of memory's and of the matrix product's rate they reach.
+
+One layer at the published geometry: 64 experts of hidden 2560 and the text or vision bank's width,
+6 of them a token. Decode reads the chosen experts' weights once for a few tokens, so it is held
+against the rate at which this machine reads memory; prefill computes, so it is held against a plain
+bfloat16 matrix product of the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from chiasm.kernels import native
+from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.quant import table, tcq2
+from chiasm.kernels.quant.formats import (
+    DenseMatrices,
+    ExpertMatrices,
+    Int4Matrices,
+    Int8Matrices,
+    Tcq2Matrices,
+    num_groups,
+)
+
+HIDDEN, EXPERTS, TOP_K = 2560, 64, 6
+WIDTHS = {"text": 1536, "vision": 512}
+DECODE = (1, 8, 32)
+PREFILL = 512
+REPEATS = 7
+READ_BYTES = 1 << 30
+
+
+def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
+    """Times every precision, bank and batch; returns rates and ratios."""
+    bandwidth = _bandwidth()
+    report(f"memory is read at {bandwidth / 1e9:.1f} GB/s by {torch.get_num_threads()} threads")
+    report(f"compiled kernels: {'yes' if native.library() is not None else 'no'}")
+    rows = []
+    for bank, width in WIDTHS.items():
+        product = _product_rate(width)
+        report(f"{bank}: bfloat16 products of prefill's rows: {product / 1e9:.0f} GFLOP/s")
+        for precision, make in _FORMATS.items():
+            weights = ShardWeights(
+                first=0, gate_up=make(2 * width, HIDDEN), down=make(HIDDEN, width)
+            )
+            for tokens in (*DECODE, PREFILL):
+                row = _measure(weights, tokens, bandwidth, product)
+                rows.append({"bank": bank, "precision": precision, "tokens": tokens, **row})
+                report(_line(rows[-1]))
+    return {"read_bytes_per_s": bandwidth, "rows": rows, "encode": _encode_rate(report)}
+
+
+def _measure(
+    weights: ShardWeights, tokens: int, bandwidth: float, product: float
+) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(tokens)
+    scores = torch.rand(tokens, EXPERTS, generator=generator)
+    ids = scores.topk(TOP_K).indices.to(torch.int32)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    share = torch.full((tokens, TOP_K), 1 / TOP_K)
+    seconds = _median(lambda: shard_partial(hidden, ids, share, weights))
+    num_chosen = len(set(ids.flatten().tolist()))
+    weight_bytes = (weights.gate_up.nbytes + weights.down.nbytes) * num_chosen / EXPERTS
+    num_weights = math.prod(weights.gate_up.shape) + math.prod(weights.down.shape)
+    operations = 2 * tokens * TOP_K * num_weights
+    return {
+        "ms": seconds * 1e3,
+        "experts": num_chosen,
+        "weight_bytes_per_s": weight_bytes / seconds,
+        "of_bandwidth": weight_bytes / seconds / bandwidth,
+        "operations_per_s": operations / seconds,
+        "of_product": operations / seconds / product,
+    }
+
+
+def _line(row: dict[str, object]) -> str:
+    return (
+        f"{row['bank']:6s} {row['precision']:8s} {row['tokens']:4d} tokens: {row['ms']:8.2f} ms, "
+        f"{row['of_bandwidth']:5.0%} of bandwidth, {row['of_product']:5.0%} of bfloat16 products"
+    )
+
+
+def _bandwidth() -> float:
+    """Bytes a second that all threads read together."""
+    data = torch.ones(READ_BYTES // 4, dtype=torch.float32)
+    return READ_BYTES / _median(data.sum)
+
+
+def _product_rate(width: int) -> float:
+    """Operations a second of a prefill's matrix products, the matrix differing every time."""
+    rows = PREFILL * TOP_K // EXPERTS
+    x = torch.randn(rows, HIDDEN).bfloat16()
+    matrices = torch.randn(16, 2 * width, HIDDEN).bfloat16()
+    seconds = _median(lambda: [F.linear(x, matrix) for matrix in matrices])
+    return 2 * rows * matrices.numel() / seconds
+
+
+def _encode_rate(report: Callable[[str], None]) -> dict[str, float]:
+    """tcq2's weights a second, by all threads."""
+    weight = torch.randn(1, 512, HIDDEN)
+    seconds = _median(lambda: tcq2.encode(weight))
+    report(f"tcq2 encodes {weight.numel() / seconds / 1e6:.0f} million weights a second")
+    return {"weights_per_s": weight.numel() / seconds}
+
+
+def _median(call: Callable[[], object]) -> float:
+    """Seconds."""
+    call()
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def _dense(n: int, k: int) -> ExpertMatrices:
+    return DenseMatrices(torch.randn(EXPERTS, n, k, dtype=torch.bfloat16))
+
+
+def _int8(n: int, k: int) -> ExpertMatrices:
+    return Int8Matrices(_bytes(EXPERTS, n, k).view(torch.int8), torch.full((EXPERTS, n), 1e-4))
+
+
+def _int4(n: int, k: int) -> ExpertMatrices:
+    scale = torch.full((EXPERTS, n, num_groups(k)), 1e-3, dtype=torch.bfloat16)
+    return Int4Matrices(_bytes(EXPERTS, n, k // 2), scale, scale.clone())
+
+
+def _tcq2(n: int, k: int) -> ExpertMatrices:
+    local, row = _bytes(EXPERTS, n, num_groups(k)), torch.full((EXPERTS, n), 1e-6)
+    return Tcq2Matrices(_bytes(EXPERTS, n, k // 4), local, row, table.load())
+
+
+_FORMATS: dict[str, Callable[[int, int], ExpertMatrices]] = {
+    "bfloat16": _dense,
+    "int8": _int8,
+    "int4": _int4,
+    "tcq2": _tcq2,
+}

@@ -1,0 +1,135 @@
+"""API keys: who may call the gateway.
+
+Keys stand in a file, one a line; it is read again when it changes, so keys can be added and taken
+back while the gateway runs. Only their digests are kept, and a call's key is compared with all of
+them in constant time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+
+from chiasm import errors
+from chiasm.transport import status
+from chiasm.transport.interceptors import Interceptor
+
+HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."
+KEYLESS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "health": (HEALTH,),
+    "health+reflection": (HEALTH, REFLECTION),
+}
+"""Beginnings of the methods that need no key, by the word of `--keyless`."""
+
+MAX_FILE_BYTES = 1 << 20
+
+log = structlog.get_logger()
+
+
+class ApiKeys:
+    """The keys of a file. Raises InvalidArgument for a file that cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._stamp = _stamp(path)
+            self._digests = _read(path)
+        except OSError as error:
+            raise errors.InvalidArgument("api-keys", f"{path}: {error.strerror}") from None
+
+    def holds(self, key: str) -> bool:
+        """Whether this is one of the keys."""
+        self._follow()
+        given = _digest(key)
+        # Every key is looked at, so that the time says nothing about which one is near.
+        return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
+
+    def _follow(self) -> None:
+        """Reads a changed file again; one that cannot be used leaves the old keys in force."""
+        try:
+            stamp = _stamp(self._path)
+            if stamp == self._stamp:
+                return
+            self._stamp, self._digests = stamp, _read(self._path)
+        except (OSError, errors.InvalidArgument) as error:
+            log.warning("api_keys_not_read", error=str(error))
+            return
+        log.info("api_keys_read", num_keys=len(self._digests))
+
+
+class ApiKeyInterceptor(Interceptor):
+    """Refuses calls without a key that `keys` holds, before anything of them is read.
+
+    A call brings its key as the metadata `authorization: Bearer KEY`. keyless: a word of KEYLESS.
+    """
+
+    def __init__(self, keys: ApiKeys, *, keyless: str) -> None:
+        self._keys, self._keyless = keys, KEYLESS[keyless]
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(self._keyless):
+            return handler
+        key = _bearer(handler_call_details.invocation_metadata or ())
+        if key is None:
+            return _refusal(method, "the call has no `authorization: Bearer KEY`")
+        if not self._keys.holds(key):
+            return _refusal(method, "the API key is not known")
+        return handler
+
+
+def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    """The key of a call, if it has one."""
+    for name, value in metadata:
+        if name == "authorization" and isinstance(value, str):
+            scheme, _, key = value.strip().partition(" ")
+            if scheme.lower() == "bearer" and key.strip():
+                return key.strip()
+    return None
+
+
+def _refusal(method: str, message: str) -> Any:
+    """A handler that refuses and reads nothing: a call of one message is a stream of one."""
+    error = errors.Unauthenticated(message)
+
+    async def refuse(_: Any, context: Any) -> AsyncIterator[Any]:
+        if method.startswith((HEALTH, REFLECTION)):
+            await status.abort(context, error)  # the interceptor before this one leaves them alone
+        raise error
+        yield
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _read(path: Path) -> tuple[bytes, ...]:
+    """Digests of the keys; empty lines and those that begin with # are left out."""
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise errors.InvalidArgument("api-keys", f"{path} is larger than {MAX_FILE_BYTES} bytes")
+    lines = (line.strip() for line in data.decode(errors="replace").splitlines())
+    digests = tuple(_digest(line) for line in lines if line and not line.startswith("#"))
+    if not digests:
+        raise errors.InvalidArgument("api-keys", f"{path} holds no key")
+    return digests
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_mtime_ns, state.st_ino
