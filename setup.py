@@ -12,9 +12,15 @@ def compile_protos() -> None:
     from grpc_tools import protoc
 
     out = str(ROOT / "src")
-    files = sorted(str(p) for p in (ROOT / "protos").rglob("*.proto"))
-    flags = [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
-    if protoc.main(["protoc", f"-I{ROOT / 'protos'}", *flags, *files]) != 0:
+    files = sorted(str(p) for p in (ROOT / "protos/chiasm").rglob("*.proto"))
+    flags = [f"-I{ROOT / 'protos'}"]
+    flags += [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
+    # Contracts of other projects keep their own package on the wire; their modules are ours.
+    for folder in sorted(p for p in (ROOT / "protos").iterdir() if p.is_dir()):
+        if folder.name != "chiasm":
+            flags.append(f"-Ichiasm/v1={folder}")
+            files += [f"chiasm/v1/{p.name}" for p in sorted(folder.glob("*.proto"))]
+    if protoc.main(["protoc", *flags, *files]) != 0:
         raise SystemExit("protoc failed")
 
 

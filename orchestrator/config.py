@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from chiasm.config import ProcessSettings
+from chiasm.orchestrator.leadership import LeadershipSettings
+from chiasm.orchestrator.scaling import ScalingSettings
 
 
-class OrchestratorSettings(ProcessSettings):
+class OrchestratorSettings(LeadershipSettings, ScalingSettings):
     """The orchestrator process."""
 
     lease_ms: int = Field(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from chiasm import errors
+from chiasm.load import Load
 from chiasm.membership import MemberInfo, Role, Topology
+from chiasm.orchestrator.types import LoadReport
 
 TICKS_PER_LEASE = 10
 """How often in a lease `expire` should be called."""
@@ -16,6 +19,7 @@ class _Entry:
     member: MemberInfo
     session: int
     deadline: float
+    load: LoadReport | None
 
 
 class Membership:
@@ -34,7 +38,14 @@ class Membership:
         self._ticked = now
         self._entries: dict[str, _Entry] = {}
 
-    def report(self, member: MemberInfo, *, session: int, now: float) -> None:
+    @property
+    def loads(self) -> Mapping[str, LoadReport]:
+        """The last load of each member that has reported one, by member_id."""
+        return {key: e.load for key, e in self._entries.items() if e.load is not None}
+
+    def report(
+        self, member: MemberInfo, *, session: int, now: float, load: Load | None = None
+    ) -> None:
         """Adds or updates a member and renews its lease; a newer session takes it over.
 
         Raises ResourceExhausted when the table is full, FailedPrecondition when an expert server
@@ -46,7 +57,13 @@ class Membership:
                 f"there are {self._max_members} members already", retry_after_s=self._lease_s
             )
         self._check_cut(member)
-        self._entries[member.member_id] = _Entry(member, session, now + self._lease_s)
+        last = known.load if known is not None else None
+        self._entries[member.member_id] = _Entry(
+            member=member,
+            session=session,
+            deadline=now + self._lease_s,
+            load=LoadReport(at=now, load=load) if load is not None else last,
+        )
         if known is None or known.member != member:
             self._publish()
 

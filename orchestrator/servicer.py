@@ -14,8 +14,10 @@ import structlog
 
 from chiasm import errors
 from chiasm.membership import MemberState, Role, Topology
+from chiasm.orchestrator.launcher import Launcher
 from chiasm.orchestrator.members import TICKS_PER_LEASE, Membership
 from chiasm.telemetry import metrics
+from chiasm.transport import loads
 from chiasm.transport.topology import member_from_proto, topology_to_proto
 from chiasm.types import Modality
 from chiasm.v1 import control_pb2, control_pb2_grpc
@@ -42,12 +44,21 @@ class _Places:
 
 
 class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
-    """Serves one `Membership` to at most `max_members` members and `max_watchers` watchers."""
+    """Serves one `Membership` to at most `max_members` members and `max_watchers` watchers.
+
+    launcher: passes orders to a launcher of processes; None where somebody else runs the replicas.
+    """
 
     def __init__(
-        self, membership: Membership, *, lease_s: float, max_members: int, max_watchers: int
+        self,
+        membership: Membership,
+        *,
+        lease_s: float,
+        max_members: int,
+        max_watchers: int,
+        launcher: Launcher | None = None,
     ) -> None:
-        self._membership = membership
+        self._membership, self._launcher = membership, launcher
         self._lease_s = lease_s
         self._joins = _Places(max_members, "members")
         self._watches = _Places(max_watchers, "watchers")
@@ -68,7 +79,9 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
                     member = member_from_proto(report)
                     if member_id not in ("", member.member_id):
                         raise errors.InvalidArgument("member_id", "must not change in a stream")
-                    self._membership.report(member, session=session, now=time.monotonic())
+                    self._membership.report(
+                        member, session=session, now=time.monotonic(), load=loads.detach(report)
+                    )
                     if not member_id:
                         log.info("member_joined", member=member.member_id, address=member.address)
                         member_id = member.member_id
@@ -95,6 +108,22 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
                 else:
                     await changed.wait()
 
+    async def Scale(
+        self, request: control_pb2.ScaleReport, context: Any
+    ) -> AsyncIterator[control_pb2.ScaleOrder]:
+        """Orders for the launcher, until another one comes."""
+        if self._launcher is None:
+            raise errors.FailedPrecondition(
+                "this orchestrator has no use for a launcher", reason="SCALED_ELSEWHERE"
+            )
+        async for order in self._launcher.orders(request):
+            yield order
+
+    async def changed(self, known: Topology) -> None:
+        """Returns when the topology is another than the one known."""
+        while self._membership.topology is known:
+            await self._changed.wait()
+
     async def run_leases(self) -> None:
         """Ends leases as they run out, until cancelled."""
         while True:
@@ -106,6 +135,8 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
     async def close(self) -> None:
         """Ends the watches; members whose streams end from now on do not count as gone."""
         self._is_closing = True
+        if self._launcher is not None:
+            self._launcher.end()
         self._notify()
 
     def _notify(self) -> None:

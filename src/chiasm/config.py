@@ -7,15 +7,18 @@ named by CHIASM_CONFIG, defaults.
 from __future__ import annotations
 
 import os
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+
+from chiasm.types import TlsFiles
 
 
 class ProcessSettings(BaseSettings):
@@ -36,6 +39,42 @@ class ProcessSettings(BaseSettings):
     grace_s: float = Field(
         10.0, gt=0, description="Seconds that work in flight may take after SIGTERM."
     )
+    tls_cert: Path | None = Field(
+        None, description="PEM certificate shown to and by the other services; unset: plain text."
+    )
+    tls_key: Path | None = Field(None, description="PEM key of --tls-cert.")
+    tls_ca: Path | None = Field(
+        None, description="PEM certificate of the CA that has signed those of all services."
+    )
+    tls_name: str = Field(
+        "", description="Name in the certificates of the services; empty: the host called."
+    )
+    health_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of a second server, in plain text and with health alone, for probes "
+        "that speak no TLS; unset: none.",
+    )
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        given = [value is not None for value in (self.tls_cert, self.tls_key, self.tls_ca)]
+        if any(given) and not all(given):
+            raise ValueError("--tls-cert, --tls-key and --tls-ca belong together")
+        return self
+
+    @property
+    def peer_tls(self) -> TlsFiles | None:
+        """With what this process calls the other services; None: plain text."""
+        if self.tls_cert is None:
+            return None
+        return TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=self.tls_ca, name=self.tls_name)
+
+    @property
+    def port_tls(self) -> TlsFiles | None:
+        """What the process's port uses: callers must be services of the system."""
+        return self.peer_tls
 
     @classmethod
     def settings_customise_sources(
@@ -55,4 +94,9 @@ class ServiceSettings(ProcessSettings):
 
     orchestrator: str = Field(
         "", description="host:port of the orchestrator; empty: the service runs alone."
+    )
+    member_name: str = Field(
+        "",
+        max_length=200,
+        description="Begin of the member id, as the name of the pod; empty: the kind of service.",
     )

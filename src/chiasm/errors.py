@@ -9,6 +9,7 @@
     ├── Unavailable          a part of the system is away; come back after retry_after_s
     ├── DeadlineExceeded     the caller's time ran out
     ├── DataLoss             a checksum did not match
+    ├── Unauthenticated      the caller has not shown who it is
     └── Internal             a defect of ours
 
 `reason` is a stable machine-readable word; docs/errors.md lists all of them.
@@ -107,6 +108,13 @@ class DataLoss(ChiasmError):
     default_reason = "DATA_LOSS"
 
 
+class Unauthenticated(ChiasmError):
+    """The caller brings no API key, or one that is not known."""
+
+    code = 16
+    default_reason = "UNAUTHENTICATED"
+
+
 _BY_CODE: dict[int, type[ChiasmError]] = {
     cls.code: cls
     for cls in (
@@ -118,6 +126,7 @@ _BY_CODE: dict[int, type[ChiasmError]] = {
         Internal,
         Unavailable,
         DataLoss,
+        Unauthenticated,
     )
 }
 

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsError
 
 from chiasm.child import exit_with_parent
+from chiasm.config import ProcessSettings
 from chiasm.errors import ChiasmError
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
@@ -64,12 +65,21 @@ def settings_command(
         exit_with_parent()
         settings = parse_settings(settings_cls, argv, prog=prog)
         try:
+            _secure(settings)
             code = serve(settings)
         except (ChiasmError, OSError) as error:
             _exit(prog, str(error), EXIT_FAILED)
         sys.exit(code)
 
     return main
+
+
+def _secure(settings: BaseSettings) -> None:
+    """Has every port and channel of the process use the TLS that its settings name."""
+    if isinstance(settings, ProcessSettings):
+        from chiasm.transport import tls
+
+        tls.use(port=settings.port_tls, peers=settings.peer_tls)
 
 
 def _describe(error: ErrorDetails) -> str:

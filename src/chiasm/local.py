@@ -19,10 +19,11 @@ import structlog
 from chiasm import errors
 from chiasm.child import Child
 from chiasm.membership import Topology
+from chiasm.replicas import Orders, Replicas
 from chiasm.transport.channel import options
 from chiasm.transport.messages import CONTROL_BYTES
 from chiasm.transport.topology import topology_from_proto
-from chiasm.types import Modality, ShardSpec
+from chiasm.types import AUTO_SHARDS, Modality, ShardSpec
 from chiasm.v1 import control_pb2, control_pb2_grpc
 
 LOOPBACK = "127.0.0.1"
@@ -43,6 +44,9 @@ class StackConfig:
         servers its shards are spread, in contiguous runs as even as possible.
     colocate: the decoder runs both pools inside; there are no expert servers then.
     video_advance: rule of positions after a video; None leaves it to the checkpoint.
+    autoscale: the orchestrator starts and stops replicas, up to `max_replicas` of each pool, and
+        places the shards; the numbers of servers are those to begin with.
+    orchestrator_flags: more flags of the orchestrator.
     log_dir: where each process's output goes; None: a temporary folder, removed after a stop
         without incident.
     """
@@ -58,6 +62,9 @@ class StackConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     colocate: bool = False
     video_advance: Literal["original", "transformers"] | None = None
+    autoscale: bool = False
+    max_replicas: int = 2
+    orchestrator_flags: tuple[str, ...] = ()
     log_dir: Path | None = None
     log_level: str = "info"
     startup_timeout_s: float = 300.0
@@ -77,6 +84,10 @@ class StackConfig:
                 raise errors.InvalidArgument(
                     f"{modality}_servers", f"must lie in 1..{shards}, the number of shards"
                 )
+            if self.autoscale and servers > self.max_replicas:
+                raise errors.InvalidArgument("max_replicas", f"is below the {modality} servers")
+        if self.autoscale and self.colocate:
+            raise errors.InvalidArgument("autoscale", "cannot scale pools inside the decoder")
 
     def num_shards(self, modality: Modality) -> int:
         """Shards of a pool."""
@@ -89,6 +100,18 @@ class StackConfig:
 
 class Interrupted(Exception):
     """`LocalStack.interrupt` was called during the start."""
+
+
+_POOLS = {
+    "text-pool": control_pb2.POOL_TEXT_EXPERTS,
+    "vision-pool": control_pb2.POOL_VISION_EXPERTS,
+    "vision-encoder": control_pb2.POOL_ENCODER,
+    "decoder": control_pb2.POOL_DECODER,
+}
+"""Names of the processes that are scaled, without their numbers."""
+
+_STAGES = ("orchestrator", *_POOLS, "gateway")
+"""All processes, those that others lean on first."""
 
 
 class LocalStack:
@@ -105,6 +128,10 @@ class LocalStack:
         self.orchestrator = ""
         self._interrupted = threading.Event()
         self._dead: set[str] = set()
+        self._orders: Orders | None = None
+        self._replicas = Replicas(
+            self.children, pool_of=_pool_of, spawn=self._add_replica, grace_s=config.grace_s
+        )
 
     def start(self, on_progress: Callable[[Topology], None] | None = None) -> str:
         """Starts everything and waits until every kind of request can be served.
@@ -118,11 +145,18 @@ class LocalStack:
         self.log_dir = given or Path(tempfile.mkdtemp(prefix="chiasm-"))
         end = time.monotonic() + self.config.startup_timeout_s
         try:
-            self._spawn("orchestrator", "chiasm.orchestrator", self.config.orchestrator_port)
+            self._spawn(
+                "orchestrator",
+                "chiasm.orchestrator",
+                self.config.orchestrator_port,
+                *self._orchestrator_flags(),
+            )
             self.orchestrator = self._await_address("orchestrator", end)
             for name, module, flags in self._services():
                 port = self.config.port if name == "gateway" else 0
                 self._spawn(name, module, port, "--orchestrator", self.orchestrator, *flags)
+            if self.config.autoscale:
+                self._orders = Orders(self.orchestrator, self._replicas.counts())
             address = self._await_address("gateway", end)
             self._await_complete(end, on_progress)
         except BaseException:
@@ -148,9 +182,18 @@ class LocalStack:
             finally:
                 call.cancel()
 
+    def reconcile(self) -> None:
+        """Starts and stops replicas as the orchestrator has ordered; returns at once."""
+        if self._orders is not None and (order := self._orders.current) is not None:
+            self._replicas.step(order)
+
     def newly_dead(self) -> list[Child]:
         """Children that have died since the last time this was asked."""
-        dead = [c for c in self.children.values() if c.exit_code is not None]
+        dead = [
+            child
+            for name, child in self.children.items()
+            if child.exit_code is not None and not self._replicas.is_ending(name)
+        ]
         news = [child for child in dead if child.name not in self._dead]
         self._dead.update(child.name for child in news)
         return news
@@ -160,9 +203,11 @@ class LocalStack:
 
         Each stage drains before the next is told; together they have `grace_s`.
         """
+        if self._orders is not None:
+            self._orders.close()
         end = time.monotonic() + self.config.grace_s
         is_clean = not self._dead and bool(self.children)
-        for child in reversed(self.children.values()):
+        for child in sorted(self.children.values(), key=lambda c: _stage(c.name), reverse=True):
             if not child.end(max(0.1, end - time.monotonic())):
                 log.warning("killed", process=child.name, after_s=self.config.grace_s)
                 is_clean = False
@@ -196,11 +241,30 @@ class LocalStack:
             for modality in Modality:
                 shards = spread(config.num_shards(modality), config.num_servers(modality))
                 for server, held in enumerate(shards):
-                    flags = ["--modality", modality, "--shards", str(held), *model]
+                    spec = f"{AUTO_SHARDS}/{held.num_shards}" if config.autoscale else str(held)
+                    flags = ["--modality", modality, "--shards", spec, *model]
                     yield f"{modality}-pool-{server}", "chiasm.services.expert_pool", flags
         yield "vision-encoder", "chiasm.services.vision_encoder", model
         yield "decoder", "chiasm.services.decoder", decoder
         yield "gateway", "chiasm.services.gateway", model
+
+    def _orchestrator_flags(self) -> list[str]:
+        config = self.config
+        if not config.autoscale:
+            return list(config.orchestrator_flags)
+        most = str(config.max_replicas)
+        flags = ["--scaling", "builtin", "--text-experts-min", str(config.text_servers)]
+        for pool in ("encoder", "decoder", "text-experts", "vision-experts"):
+            flags += [f"--{pool}-max", most]
+        return [*flags, *config.orchestrator_flags]
+
+    def _add_replica(self, pool: int, number: int) -> None:
+        """Starts one more process of a pool, with the flags of those it began with."""
+        for name, module, flags in self._services():
+            if _pool_of(name) == pool:
+                new = f"{_kind(name)}+{number}"
+                self._spawn(new, module, 0, "--orchestrator", self.orchestrator, *flags)
+                return
 
     def _spawn(self, name: str, module: str, port: int, *flags: str) -> None:
         # Only the public API may be reached from outside.
@@ -241,6 +305,19 @@ class LocalStack:
             raise errors.Unavailable(
                 f"{waiting_for} after {self.config.startup_timeout_s:g} s; logs: {self.log_dir}"
             )
+
+
+def _kind(name: str) -> str:
+    """The name of a process without its number."""
+    return next((kind for kind in _STAGES if name.startswith(kind)), name)
+
+
+def _pool_of(name: str) -> int | None:
+    return _POOLS.get(_kind(name))
+
+
+def _stage(name: str) -> int:
+    return _STAGES.index(_kind(name))
 
 
 def spread(num_shards: int, num_servers: int) -> list[ShardSpec]:

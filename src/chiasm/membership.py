@@ -28,11 +28,15 @@ class MemberState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSet:
-    """Loaded shards, ascending, of a pool cut into `num_shards`."""
+    """Loaded shards, ascending, of a pool cut into `num_shards`.
+
+    max_shards: most shards the orchestrator may assign; 0: they are fixed.
+    """
 
     modality: Modality
     num_shards: int
     shards: tuple[int, ...]
+    max_shards: int = 0
 
     @property
     def is_whole(self) -> bool:

@@ -21,6 +21,7 @@ class Settings(ServiceSettings):
     shards: str = Field("0/1", description="Shards of the text pool to hold, as 0,1/8.")
     load_s: float = Field(0.0, description="Seconds that loading takes.")
     fail: bool = Field(False, description="Fail to load.")
+    drain_s: float = Field(0.0, description="Seconds that draining takes.")
 
 
 def build(settings: Settings, process: ServiceProcess) -> Service:
@@ -33,6 +34,9 @@ def build(settings: Settings, process: ServiceProcess) -> Service:
             held = ShardSet(modality=Modality.TEXT, num_shards=spec.num_shards, shards=spec.shards)
             process.member.update(shard_sets=(held,))
 
+    async def drain() -> None:
+        await asyncio.sleep(settings.drain_s)
+
     if settings.role is Role.DECODER:
         return Service(
             register=lambda _: None,
@@ -40,7 +44,7 @@ def build(settings: Settings, process: ServiceProcess) -> Service:
             is_ready=lambda topology: topology.covered(Modality.TEXT),
             watch_topology=True,
         )
-    return Service(register=lambda _: None, load=load)
+    return Service(register=lambda _: None, load=load, drain=drain)
 
 
 def run(settings: Settings) -> int:

@@ -112,13 +112,16 @@ def assert_described(trace: Trace, answer: dict[str, Any]) -> None:
         "gen_ai.usage.image.input_tokens": usage["prompt_image_tokens"],
         "gen_ai.usage.video.input_tokens": 0,
         "gen_ai.usage.output_tokens": NUM_TOKENS,
+        "gen_ai.usage.cache_read.input_tokens": usage["cached_tokens"],
     }
     assert {key: chat.attributes.get(key) for key in expected} == expected
     assert 0 < chat.attributes["gen_ai.response.time_to_first_chunk"] < 60
     client = trace.one("cli: chat")
     assert client.kind == "CLIENT"
-    for key in ("gen_ai.provider.name", "gen_ai.response.id", "gen_ai.usage.input_tokens"):
-        assert client.attributes[key] == chat.attributes[key]
+    for key in ("provider.name", "response.id", "usage.input_tokens"):
+        assert client.attributes[f"gen_ai.{key}"] == chat.attributes[f"gen_ai.{key}"]
+    cached = "gen_ai.usage.cache_read.input_tokens"
+    assert client.attributes[cached] == trace.one("decoder: prefill").attributes[cached]
     encode = trace.one("vision-encoder: encode image").attributes
     assert encode["chiasm.media.tokens"] == usage["prompt_image_tokens"]
     assert encode["chiasm.media.cached"] is False
@@ -299,9 +302,11 @@ def test_gauges_fall_when_the_client_goes_away(observed: Observed) -> None:
 
 def test_metrics_are_well_formed(observed: Observed) -> None:
     units = ("_seconds", "_bytes", "_tokens", "_patches", "_requests", "_dispatches", "_shards")
+    units += ("_replicas",)
     plain = {"chiasm_members", "chiasm_topology_version", "chiasm_pool_shards_missing"}
-    plain |= {"chiasm_requests_in_flight"}
+    plain |= {"chiasm_requests_in_flight", "chiasm_orchestrator_leads"}
     labels = {"method", "outcome", "modality", "expert", "reason", "kind", "phase", "split", "le"}
+    labels |= {"shard", "way", "pool"}
     for service, families in observed.scrape().items():
         own = [family for family in families.values() if family.name.startswith("chiasm_")]
         assert len(own) > 1, service

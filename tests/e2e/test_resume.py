@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def test_streams_outlive_their_decoder(stack: Cluster, sampling: Sampling) -> No
         assert found.token_ids == expected[name].token_ids
         assert found.text == expected[name].text
         assert found.finish_reason == expected[name].finish_reason
-        assert found.usage == expected[name].usage
+        assert replace(found.usage, cached_tokens=0) == replace(
+            expected[name].usage, cached_tokens=0
+        )
     assert stack.metrics("gateway")["chiasm_request_resumes_total"] >= 2
 
 

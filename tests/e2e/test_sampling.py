@@ -212,7 +212,7 @@ def test_json_object(client: Client) -> None:
         assert isinstance(json.loads(found.text), dict)
 
 
-@pytest.mark.parametrize("pattern", [r"[A-C]{3}-\d{2,4}", r"(dog|red car) at \d\d:\d\d"])
+@pytest.mark.parametrize("pattern", [r"[A-C]{3}-[0-9]{2,4}", r"(dog|red car) at [0-9]{2}:[0-9]{2}"])
 def test_regex_answers_match(pattern: str, client: Client) -> None:
     for temperature in (0, 1.5):
         found = ask(client, max_tokens=60, temperature=temperature, response_format=Regex(pattern))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import grpc
 
+from chiasm.transport import tls
+from chiasm.types import TlsFiles
+
 KEEPALIVE_MS = 10_000
 """Ping an idle peer this often: a peer that is gone without a FIN is noticed within two pings."""
 
@@ -38,6 +41,29 @@ def options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def open_channel(address: str, *, max_message_bytes: int) -> grpc.aio.Channel:
-    """An insecure asyncio channel to host:port."""
-    return grpc.aio.insecure_channel(address, options=options(max_message_bytes))
+def open_channel(
+    address: str, *, max_message_bytes: int, files: TlsFiles | None = None
+) -> grpc.aio.Channel:
+    """An asyncio channel to host:port; with `files`, or else those of the process, by TLS."""
+    files = files or tls.of_peers()
+    if files is None:
+        return grpc.aio.insecure_channel(address, options=options(max_message_bytes))
+    return grpc.aio.secure_channel(
+        address,
+        tls.channel_credentials(files),
+        options=[*options(max_message_bytes), *tls.channel_options(files)],
+    )
+
+
+def open_blocking_channel(
+    address: str, *, max_message_bytes: int, files: TlsFiles | None = None
+) -> grpc.Channel:
+    """The same for callers without an event loop."""
+    files = files or tls.of_peers()
+    if files is None:
+        return grpc.insecure_channel(address, options=options(max_message_bytes))
+    return grpc.secure_channel(
+        address,
+        tls.channel_credentials(files),
+        options=[*options(max_message_bytes), *tls.channel_options(files)],
+    )

@@ -22,10 +22,10 @@ log = structlog.get_logger()
 
 if TYPE_CHECKING:
     # Generic in the published types only.
-    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+    Interceptor = grpc.aio.ServerInterceptor[Any, Any]
     _Context = grpc.aio.ServicerContext[Any, Any]
 else:
-    _Interceptor = grpc.aio.ServerInterceptor
+    Interceptor = grpc.aio.ServerInterceptor
     _Context = grpc.aio.ServicerContext
 
 
@@ -34,7 +34,7 @@ def request_id() -> str:
     return str(structlog.contextvars.get_contextvars().get("request_id", ""))
 
 
-class CallInterceptor(_Interceptor):
+class CallInterceptor(Interceptor):
     """Wraps every handler of a server.
 
     Handlers are coroutines (unary answer) or async generators (streamed answer). A ChiasmError

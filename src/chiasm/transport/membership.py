@@ -18,8 +18,9 @@ import grpc
 import structlog
 
 from chiasm import errors
+from chiasm.load import Load
 from chiasm.membership import MemberInfo, MemberState, Topology
-from chiasm.transport import status
+from chiasm.transport import loads, status
 from chiasm.transport.channel import open_channel
 from chiasm.transport.messages import CONTROL_BYTES
 from chiasm.transport.topology import member_to_proto, topology_from_proto
@@ -42,10 +43,13 @@ class Member:
     `start` begins to report, `update` changes the report and sends it at once, `leave` ends the
     membership. Without an orchestrator address all of them do nothing but keep `report`, so that a
     service runs alone. Use from one event loop only.
+
+    load: asked at every report how busy the process is.
     """
 
     def __init__(self, orchestrator: str, report: MemberInfo) -> None:
         self.report = report
+        self.load: Callable[[], Load | None] = lambda: None
         self._orchestrator = orchestrator
         self._changed = asyncio.Event()
         self._joined = False
@@ -115,12 +119,18 @@ class Member:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), lease_s / REPORTS_PER_LEASE)
 
+    def _message(self) -> control_pb2.MemberReport:
+        message = member_to_proto(self.report)
+        if (load := self.load()) is not None:
+            loads.attach(load, message)
+        return message
+
     async def _send(self, call: Any) -> float:
         """One report and its answer; returns the lease in seconds."""
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             # A stream that has ended refuses to be written to, but its read says why it ended.
             with contextlib.suppress(asyncio.InvalidStateError):
-                await call.write(member_to_proto(self.report))
+                await call.write(self._message())
             answer = await call.read()
         if not isinstance(answer, control_pb2.Assignment):
             raise errors.Unavailable("the orchestrator ended the stream")

@@ -15,8 +15,15 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from grpc_reflection.v1alpha import reflection
 
 from chiasm import errors
-from chiasm.transport import channel
-from chiasm.transport.interceptors import CallInterceptor
+from chiasm.transport import channel, tls
+from chiasm.transport.interceptors import CallInterceptor, Interceptor
+from chiasm.types import TlsFiles
+
+LIVE = "chiasm.live"
+"""Health's name for: the event loop answers. SERVING as long as the process listens."""
+
+LOADED = "chiasm.loaded"
+"""Health's name for: everything is loaded, whether or not what the service depends on is there."""
 
 log = structlog.get_logger()
 
@@ -25,15 +32,23 @@ class Server:
     """One grpc.aio server of one process.
 
     `services` are full names for reflection and health. Health starts NOT_SERVING and follows
-    `set_serving`; the empty service name follows it too.
+    `set_serving`; the empty service name follows it too, LIVE and LOADED do not. `interceptors`
+    come between a handler and the one that every server has. The port uses the TLS of the process.
     """
 
-    def __init__(self, *, services: Sequence[str], max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        services: Sequence[str],
+        max_message_bytes: int,
+        interceptors: Sequence[Interceptor] = (),
+    ) -> None:
         self._services = ("", *services)
         self.grpc = grpc.aio.server(
-            interceptors=[CallInterceptor()],
+            interceptors=[CallInterceptor(), *interceptors],
             options=[*channel.options(max_message_bytes), ("grpc.so_reuseport", 0)],
         )
+        self._probes: grpc.aio.Server | None = None
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
@@ -41,32 +56,44 @@ class Server:
         self.stopping = asyncio.Event()
         self.serving = False
 
-    async def start(self, bind: str) -> int:
+    async def start(self, bind: str, *, health_port: int | None = None) -> int:
         """Binds host:port (port 0: any free one) and starts; returns the port.
 
-        Raises InvalidArgument when the address cannot be bound.
+        health_port: where health alone is served in plain text, on the same host; None: nowhere.
+        Raises InvalidArgument when an address cannot be bound.
         """
         await self.set_serving(False)
-        try:
-            port = self.grpc.add_insecure_port(bind)
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise errors.InvalidArgument("bind", f"cannot listen on {bind!r}")
+        await self._set_health(LOADED, False)
+        await self._set_health(LIVE, True)
+        port = _listen(self.grpc, bind, tls.of_port(), name="bind")
         await self.grpc.start()
+        if health_port is not None:
+            self._probes = grpc.aio.server()
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
+            host = bind.rpartition(":")[0]
+            found = _listen(self._probes, f"{host}:{health_port}", None, name="health-port")
+            await self._probes.start()
+            log.info("probes", port=found)
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self.stopping.set)
-        return int(port)
+        return port
 
     async def set_serving(self, serving: bool) -> None:
-        """Publishes readiness."""
-        self.serving = serving
-        state = health_pb2.HealthCheckResponse.ServingStatus.Value(
-            "SERVING" if serving else "NOT_SERVING"
-        )
+        """Publishes readiness. Who serves has loaded; who is stopping does not serve any more."""
+        self.serving = serving and not self.stopping.is_set()
+        if self.serving:
+            await self.set_loaded()
         for name in self._services:
-            await self._health.set(name, state)
+            await self._set_health(name, self.serving)
+
+    async def set_loaded(self) -> None:
+        """Publishes that everything is loaded."""
+        await self._set_health(LOADED, True)
+
+    async def _set_health(self, name: str, serving: bool) -> None:
+        state = "SERVING" if serving else "NOT_SERVING"
+        await self._health.set(name, health_pb2.HealthCheckResponse.ServingStatus.Value(state))
 
     async def run_until_stopped(
         self, *, grace_s: float, on_drain: Callable[[], Awaitable[None]] | None = None
@@ -75,14 +102,30 @@ class Server:
         await self.stopping.wait()
         log.info("draining", grace_s=grace_s)
         end = time.monotonic() + grace_s
-        await self._health.enter_graceful_shutdown()
+        await self.set_serving(False)
         if on_drain is not None:
             try:
                 await asyncio.wait_for(on_drain(), grace_s)
             except TimeoutError:
                 log.warning("drain_incomplete")
         await self.grpc.stop(max(0.0, end - time.monotonic()))
+        if self._probes is not None:
+            await self._probes.stop(0)
         log.info("stopped")
+
+
+def _listen(server: grpc.aio.Server, bind: str, files: TlsFiles | None, *, name: str) -> int:
+    """Binds host:port; `name` is the setting to blame."""
+    try:
+        if files is None:
+            port = server.add_insecure_port(bind)
+        else:
+            port = server.add_secure_port(bind, tls.server_credentials(files))
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise errors.InvalidArgument(name, f"cannot listen on {bind!r}")
+    return int(port)
 
 
 def bind_host(bind: str) -> str:

@@ -30,8 +30,10 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from chiasm import errors
 from chiasm.config import ServiceSettings
+from chiasm.load import Load
 from chiasm.membership import MemberInfo, MemberState, Role, Topology
 from chiasm.telemetry import logs, metrics, traces
+from chiasm.transport.interceptors import Interceptor
 from chiasm.transport.membership import Member, TopologyWatcher
 from chiasm.transport.server import Server, announce, bind_host
 
@@ -64,6 +66,7 @@ class Service:
     drain: refuses new work and waits for the work in flight; cut off after `grace_s`.
     close: releases resources after the grpc server has stopped.
     watch_topology: whether `ServiceProcess.topology` follows the orchestrator.
+    report_load: how busy it is, for every report to the orchestrator; None while it cannot tell.
     """
 
     register: Callable[[grpc.aio.Server], Any]
@@ -72,6 +75,7 @@ class Service:
     drain: Callable[[], Awaitable[None]] = _nothing
     close: Callable[[], Awaitable[None]] = _nothing
     watch_topology: bool = False
+    report_load: Callable[[], Load | None] = lambda: None
 
 
 class ServiceProcess:
@@ -111,6 +115,7 @@ class ServiceProcess:
         try:
             await service.load()
             self._is_loaded = True
+            await self.server.set_loaded()
             log.info("loaded")
             while not self.server.stopping.is_set():
                 self._recheck.clear()
@@ -140,19 +145,23 @@ async def _run(
     services: Sequence[str],
     max_message_bytes: int,
     build: Callable[[ServiceProcess], Service],
+    interceptors: Sequence[Interceptor],
 ) -> int:
     logs.configure(name, level=settings.log_level)
-    member_id = f"{name}-{uuid.uuid4().hex[:12]}"
+    member_id = f"{settings.member_name or name}-{uuid.uuid4().hex[:12]}"
     provider = traces.configure(name, instance_id=member_id)
     try:
-        server = Server(services=services, max_message_bytes=max_message_bytes)
+        server = Server(
+            services=services, max_message_bytes=max_message_bytes, interceptors=interceptors
+        )
         member = Member(
             settings.orchestrator, MemberInfo(member_id=member_id, role=role, address="")
         )
         process = ServiceProcess(member, TopologyWatcher(settings.orchestrator), server)
         service = build(process)
+        member.load = service.report_load
         service.register(server.grpc)
-        port = await server.start(settings.bind)
+        port = await server.start(settings.bind, health_port=settings.health_port)
         metrics_port = metrics.serve(bind_host(settings.bind), settings.metrics_port, role)
         address = f"{settings.advertise_host}:{port}"
         member.update(address=address, metrics_address=f"{settings.advertise_host}:{metrics_port}")
@@ -174,11 +183,13 @@ def serve(
     services: Sequence[str],
     max_message_bytes: int,
     build: Callable[[ServiceProcess], Service],
+    interceptors: Sequence[Interceptor] = (),
 ) -> NoReturn:
     """Runs a service until SIGTERM or SIGINT, then ends the process.
 
     `name` stands in logs, traces and the member id; `services` are the full names of the grpc
-    services for health and reflection; `build` makes the service, quickly and without loading.
+    services for health and reflection; `build` makes the service, quickly and without loading;
+    `interceptors` come before its handlers.
     Exit code: 0, or 1 when it could not start or load.
     """
     with asyncio.Runner() as runner:
@@ -190,6 +201,7 @@ def serve(
                 services=services,
                 max_message_bytes=max_message_bytes,
                 build=build,
+                interceptors=interceptors,
             )
         )
         # Everything is closed by now. What an orderly end of the interpreter would add is a wait

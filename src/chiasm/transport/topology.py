@@ -40,6 +40,7 @@ def member_to_proto(member: MemberInfo) -> control_pb2.MemberReport:
                 modality=WIRE_MODALITIES[held.modality],
                 num_shards=held.num_shards,
                 shards=held.shards,
+                max_shards=held.max_shards,
             )
             for held in member.shard_sets
         ],
@@ -108,4 +109,9 @@ def _shard_set(wire: control_pb2.ShardSet, index: int) -> ShardSet:
         raise errors.InvalidArgument(
             f"{path}.shards", f"must ascend and lie in 0..{wire.num_shards - 1}"
         )
-    return ShardSet(modality=MODALITIES[wire.modality], num_shards=wire.num_shards, shards=shards)
+    return ShardSet(
+        modality=MODALITIES[wire.modality],
+        num_shards=wire.num_shards,
+        shards=shards,
+        max_shards=min(wire.max_shards, wire.num_shards),
+    )

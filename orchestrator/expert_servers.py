@@ -1,0 +1,65 @@
+"""Calls to expert servers: what they shall hold, and when they shall stop. Each one is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+import grpc
+
+from chiasm import errors
+from chiasm.transport import status
+from chiasm.transport.channel import open_channel
+from chiasm.transport.messages import CONTROL_BYTES
+from chiasm.v1 import experts_pb2, experts_pb2_grpc
+
+CALL_TIMEOUT_S = 2.0
+
+
+class ExpertServers:
+    """One connection to each, by address."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def assign(
+        self, address: str, shards: Collection[int], epoch: int
+    ) -> experts_pb2.PoolDescription:
+        """Raises FailedPrecondition for an epoch older than the server's, Unavailable."""
+        request = experts_pb2.AssignRequest(shards=sorted(shards), epoch=epoch)
+        return await self._call(self._stub(address).Assign, request)
+
+    async def drain(self, address: str) -> experts_pb2.PoolDescription:
+        """Makes a server refuse new dispatches. Raises Unavailable."""
+        return await self._call(self._stub(address).Drain, experts_pb2.DrainRequest())
+
+    async def describe(self, address: str) -> experts_pb2.PoolDescription:
+        """How a server stands. Raises Unavailable."""
+        return await self._call(self._stub(address).Describe, experts_pb2.DescribeRequest())
+
+    async def keep(self, addresses: Collection[str]) -> None:
+        """Closes the connections to all others."""
+        for address in self._channels.keys() - set(addresses):
+            await self._channels.pop(address).close(None)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self.keep(())
+
+    def _stub(self, address: str) -> experts_pb2_grpc.ExpertPoolStub:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address, max_message_bytes=CONTROL_BYTES)
+        return experts_pb2_grpc.ExpertPoolStub(self._channels[address])
+
+    async def _call(
+        self, method: Callable[..., Awaitable[Any]], request: Any
+    ) -> experts_pb2.PoolDescription:
+        try:
+            answer = await method(request, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            found = status.from_rpc_error(error)
+            if isinstance(found, errors.DeadlineExceeded):
+                raise errors.Unavailable("the expert server does not answer") from None
+            raise found from None
+        assert isinstance(answer, experts_pb2.PoolDescription)
+        return answer

@@ -1,0 +1,219 @@
+"""Carries placements out: asks expert servers to hold what they should, one epoch after another."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+
+from chiasm import errors
+from chiasm.membership import MemberInfo, MemberState, Role, ShardSet, Topology
+from chiasm.orchestrator.expert_servers import ExpertServers
+from chiasm.orchestrator.placement import Placement, Server, next_assignment, place, uncovered
+from chiasm.telemetry import metrics
+from chiasm.types import Modality
+
+GATHER_S = 5.0
+"""How long the first server of an empty pool waits for the others that are expected: what it loads
+before they come would move to them right away."""
+
+REPEAT_S = 30.0
+"""An assignment that has not led to its shards for so long is sent again."""
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Sent:
+    shards: tuple[int, ...]
+    at: float
+
+
+@dataclass(slots=True)
+class _PoolState:
+    """What is remembered of one pool; `sent` is what its servers were told last."""
+
+    servers: frozenset[str] = frozenset()
+    loads: tuple[float, ...] = ()
+    balanced_at: float = -math.inf
+    first_seen_at: float | None = None
+    target: Placement = field(default_factory=dict)
+    sent: dict[str, _Sent] = field(default_factory=dict)
+
+
+class Placer:
+    """Places the shards of both pools on the servers that take assignments.
+
+    min_holders: servers every shard should have, where there are enough.
+    rebalance_s: how often the loads of the shards are looked at; deaths and newcomers are dealt
+        with at once.
+    """
+
+    def __init__(
+        self,
+        servers: ExpertServers,
+        *,
+        min_holders: int,
+        rebalance_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._servers, self._clock = servers, clock
+        self._min_holders, self._rebalance_s = min_holders, rebalance_s
+        self._pools = {modality: _PoolState() for modality in Modality}
+        self._epoch = 0
+
+    async def step(
+        self,
+        topology: Topology,
+        loads: Mapping[Modality, tuple[float, ...]],
+        *,
+        leaving: Collection[str] = (),
+        expected: Mapping[Modality, int] | None = None,
+    ) -> None:
+        """Brings the servers one step nearer to a good placement.
+
+        leaving: member_ids of servers that shall end up with nothing.
+        expected: servers there will be, where that is known.
+        """
+        for modality, pool in self._pools.items():
+            members = _servers(topology, modality)
+            wanted = (expected or {}).get(modality)
+            if not self._may_place(pool, members, topology, wanted):
+                continue
+            self._place(pool, members, leaving, topology.num_shards(modality), loads[modality])
+            await self._send(pool, members)
+
+    def can_go(self, member: MemberInfo, topology: Topology) -> bool:
+        """Whether nobody needs a leaving server any more: each of its shards is held elsewhere."""
+        (held,) = member.shard_sets
+        if held.max_shards:
+            sent = self._pools[held.modality].sent.get(member.member_id)
+            return sent is not None and not sent.shards
+        return all(
+            any(h.member_id != member.member_id for h in topology.holders(held.modality, shard))
+            for shard in held.shards
+        )
+
+    def _may_place(
+        self,
+        pool: _PoolState,
+        members: Mapping[str, MemberInfo],
+        topology: Topology,
+        expected: int | None,
+    ) -> bool:
+        """Not while servers are on their way back; and an empty pool waits for all it will have."""
+        if not members:
+            pool.first_seen_at, pool.servers = None, frozenset()
+            pool.target, pool.sent = {}, {}
+            return False
+        if pool.first_seen_at is None:
+            pool.first_seen_at = self._clock()
+        is_loaded = any(s.shards for m in members.values() for s in m.shard_sets)
+        if is_loaded or any(sent.shards for sent in pool.sent.values()):
+            return not topology.settling
+        if expected is not None and len(members) >= expected:
+            return True
+        waited_s = self._clock() - pool.first_seen_at
+        return not topology.settling and (expected is None or waited_s >= GATHER_S)
+
+    def _place(
+        self,
+        pool: _PoolState,
+        members: Mapping[str, MemberInfo],
+        leaving: Collection[str],
+        num_shards: int,
+        loads: tuple[float, ...],
+    ) -> None:
+        """Makes the target: anew when servers have come or gone, or it is time to look at loads."""
+        staying = frozenset(m for m in members if m not in leaving)
+        is_due = self._clock() - pool.balanced_at >= self._rebalance_s
+        if staying == pool.servers and not is_due and len(pool.loads) == num_shards:
+            return
+        pool.servers, pool.balanced_at = staying, self._clock()
+        pool.loads = loads if len(loads) == num_shards else (0.0,) * num_shards
+        servers = [
+            Server(
+                server_id=name,
+                capacity=_held(member).max_shards,
+                held=frozenset(pool.target.get(name) or _held(member).shards),
+            )
+            for name, member in members.items()
+            if name in staying and (_held(member).max_shards or _held(member).shards)
+        ]
+        placed = dict(place(pool.loads, servers, min_holders=self._min_holders))
+        placed |= {name: () for name in members if name in leaving}
+        if placed != pool.target:
+            log.info(
+                "placed",
+                shards={n: ",".join(map(str, shards)) for n, shards in placed.items()},
+                loads=[round(load, 3) for load in pool.loads],
+                uncovered=uncovered(num_shards, placed, servers),
+            )
+        pool.target = placed
+
+    async def _send(self, pool: _PoolState, members: Mapping[str, MemberInfo]) -> None:
+        """Tells those servers what to hold that do not know it yet."""
+        loaded = {name: frozenset(_held(member).shards) for name, member in members.items()}
+        ready = frozenset(name for name, member in members.items() if member.is_ready)
+        assignment = next_assignment(pool.target, loaded, ready)
+        pool.sent = {name: sent for name, sent in pool.sent.items() if name in members}
+        news = {
+            name: shards
+            for name, shards in assignment.items()
+            if name in members and self._is_news(pool.sent.get(name), shards, loaded[name])
+        }
+        if not news:
+            return
+        self._epoch += 1
+        await asyncio.gather(
+            *(self._assign(pool, members[name], shards) for name, shards in news.items())
+        )
+        metrics.PLACEMENT_EPOCH.set(self._epoch)
+
+    def _is_news(self, sent: _Sent | None, shards: tuple[int, ...], loaded: frozenset[int]) -> bool:
+        if sent is None:
+            return True
+        is_late = self._clock() - sent.at >= REPEAT_S and frozenset(shards) != loaded
+        return sent.shards != shards or is_late
+
+    async def _assign(self, pool: _PoolState, member: MemberInfo, shards: tuple[int, ...]) -> None:
+        try:
+            await self._servers.assign(member.address, shards, self._epoch)
+        except errors.FailedPrecondition:
+            # Another orchestrator was here before: go on from where it was.
+            await self._catch_up(member)
+        except errors.ChiasmError as error:
+            log.warning("not_assigned", member=member.member_id, error=error.message[:256])
+        else:
+            log.info("assigned", member=member.member_id, shards=shards, epoch=self._epoch)
+            pool.sent[member.member_id] = _Sent(shards, self._clock())
+
+    async def _catch_up(self, member: MemberInfo) -> None:
+        try:
+            described = await self._servers.describe(member.address)
+        except errors.ChiasmError as error:
+            log.warning("not_described", member=member.member_id, error=error.message[:256])
+        else:
+            self._epoch = max(self._epoch, described.epoch)
+
+
+def _servers(topology: Topology, modality: Modality) -> dict[str, MemberInfo]:
+    """The servers of a pool that are not on their way out, by member_id."""
+    cut = topology.num_shards(modality)
+    return {
+        member.member_id: member
+        for member in topology.members
+        if member.role is Role.EXPERT_POOL
+        and member.state is not MemberState.DRAINING
+        and len(member.shard_sets) == 1
+        and (held := member.shard_set(modality)) is not None
+        and held.num_shards == cut
+    }
+
+
+def _held(member: MemberInfo) -> ShardSet:
+    return member.shard_sets[0]

@@ -1,0 +1,238 @@
+"""Members, expert servers and a backend in memory, around a real loop, on a clock of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from chiasm import errors
+from chiasm.load import DecoderLoad, EncoderLoad, ExpertLoad, Load
+from chiasm.membership import MemberInfo, MemberState, Role, ShardSet
+from chiasm.orchestrator.expert_servers import ExpertServers
+from chiasm.orchestrator.loop import ScalingLoop
+from chiasm.orchestrator.members import Membership
+from chiasm.orchestrator.placer import Placer
+from chiasm.orchestrator.planner import Planner
+from chiasm.orchestrator.types import Pool, PoolConfig
+from chiasm.types import Modality
+from chiasm.v1 import experts_pb2
+
+NUM_SHARDS = 4
+LEASE_S = 6.0
+CONFIG = PoolConfig(
+    max_replicas=4,
+    up_tau_s=0.01,
+    down_window_s=20,
+    up_dwell_s=4,
+    down_dwell_s=4,
+    warm_up_s=0,
+    stale_s=10,
+)
+TEXT, VISION = Pool.TEXT_EXPERTS, Pool.VISION_EXPERTS
+
+
+@dataclass
+class Process:
+    """A member in memory. An expert server loads one shard a step."""
+
+    info: MemberInfo
+    load: Load
+    told: tuple[int, ...] = ()
+    epoch: int = 0
+    queued: int = 0
+    dropped: list[int] = field(default_factory=list)
+    is_draining: bool = False
+
+    @property
+    def held(self) -> ShardSet:
+        return self.info.shard_sets[0]
+
+    def work(self) -> None:
+        if self.info.role is not Role.EXPERT_POOL or not self.held.max_shards:
+            return
+        have = set(self.held.shards)
+        if missing := sorted(set(self.told) - have):
+            have.add(missing[0])
+        else:
+            self.dropped += sorted(have - set(self.told))
+            have &= set(self.told)
+        shards = () if self.is_draining else tuple(sorted(have))
+        state = MemberState.READY if shards else MemberState.LOADING
+        held = replace(
+            self.held, shards=shards, max_shards=0 if self.is_draining else self.held.max_shards
+        )
+        self.info = replace(self.info, shard_sets=(held,), state=state)
+
+
+class World(ExpertServers):
+    """Processes by address; also the backend that starts and stops them, and the clock."""
+
+    def __init__(self, configs: Mapping[Pool, PoolConfig], *, scales: bool = True) -> None:
+        super().__init__()
+        self.now = 100.0
+        self.processes: dict[str, Process] = {}
+        self.wanted: dict[Pool, int] = {}
+        self.is_away = False
+        self.scaled: list[tuple[Pool, int]] = []
+        self.unreachable: set[str] = set()
+        self._count = 0
+        self._leaving: dict[Pool, str] = {}
+        self._configs, self._scales = configs, scales
+        self.start_orchestrator()
+
+    def start_orchestrator(self) -> None:
+        """A new life of the orchestrator, which knows nothing."""
+        self.membership = Membership(
+            instance_id="i", lease_s=LEASE_S, max_members=100, now=self.now
+        )
+        self.loop = ScalingLoop(
+            self.membership,
+            planner=Planner(self._configs),
+            placer=Placer(self, min_holders=1, rebalance_s=60.0, clock=lambda: self.now),
+            servers=self,
+            backend=self if self._scales else None,
+            applies=True,
+            interval_s=2.0,
+            clock=lambda: self.now,
+        )
+
+    # The expert servers.
+
+    async def assign(
+        self, address: str, shards: Collection[int], epoch: int
+    ) -> experts_pb2.PoolDescription:
+        process = self._reach(address)
+        if epoch < process.epoch:
+            raise errors.FailedPrecondition("old", reason="STALE_EPOCH")
+        process.told, process.epoch = tuple(sorted(shards)), epoch
+        return await self.describe(address)
+
+    async def drain(self, address: str) -> experts_pb2.PoolDescription:
+        self._reach(address).is_draining = True
+        return await self.describe(address)
+
+    async def describe(self, address: str) -> experts_pb2.PoolDescription:
+        process = self._reach(address)
+        return experts_pb2.PoolDescription(epoch=process.epoch, queued_dispatches=process.queued)
+
+    async def keep(self, addresses: Collection[str]) -> None: ...
+
+    def _reach(self, address: str) -> Process:
+        if address not in self.processes or address in self.unreachable:
+            raise errors.Unavailable("gone")
+        return self.processes[address]
+
+    # The backend.
+
+    async def replicas(self) -> Mapping[Pool, int]:
+        if self.is_away:
+            raise errors.Unavailable("away")
+        return dict(self.wanted)
+
+    async def scale(self, pool: Pool, replicas: int) -> None:
+        self.scaled.append((pool, replicas))
+        self.wanted[pool] = replicas
+        self.follow(pool)
+
+    async def retire(self, pool: Pool, ranked: Sequence[MemberInfo]) -> MemberInfo | None:
+        self._leaving[pool] = ranked[0].address
+        return ranked[0]
+
+    def follow(self, pool: Pool) -> None:
+        """Starts and stops processes as wanted."""
+        there = [a for a in self.processes if a.startswith(pool)]
+        for _ in range(self.wanted[pool] - len(there)):
+            self.start(pool)
+        for address in self._going(pool, there)[: max(0, len(there) - self.wanted[pool])]:
+            self.kill(address)
+
+    def _going(self, pool: Pool, there: list[str]) -> list[str]:
+        leaving = self._leaving.pop(pool, "")
+        return sorted(there, key=lambda address: address != leaving)
+
+    # The processes.
+
+    def start(self, pool: Pool, *, max_shards: int = NUM_SHARDS, shards: Sequence[int] = ()) -> str:
+        """One more process; `shards` without max_shards are fixed ones."""
+        self._count += 1
+        address = f"{pool}-{self._count}"
+        self.processes[address] = Process(
+            info=server_info(pool, address, max_shards, tuple(shards)), load=_IDLE[pool]
+        )
+        return address
+
+    def kill(self, address: str) -> None:
+        self.membership.end(address, session=1)
+        del self.processes[address]
+
+    def add(self, role: Role, load: Load) -> None:
+        """A member that nobody scales."""
+        info = MemberInfo(member_id=role, role=role, address=role, state=MemberState.READY)
+        self.processes[role] = Process(info=info, load=load)
+
+    async def step(self, count: int = 1) -> None:
+        """Two seconds each: everybody works and reports, and the loop goes round."""
+        for _ in range(count):
+            self.now += 2.0
+            for process in self.processes.values():
+                process.work()
+                self.membership.report(process.info, session=1, now=self.now, load=process.load)
+            self.membership.expire(self.now)
+            await self.loop.decide()
+            await self.loop.place()
+
+    def shards(self, modality: Modality = Modality.TEXT) -> dict[str, tuple[int, ...]]:
+        """What each server of a pool has loaded."""
+        return {
+            address: p.held.shards
+            for address, p in self.processes.items()
+            if p.info.role is Role.EXPERT_POOL and p.held.modality is modality
+        }
+
+    @property
+    def is_covered(self) -> bool:
+        return {s for shards in self.shards().values() for s in shards} == set(range(NUM_SHARDS))
+
+
+_IDLE: Mapping[Pool, Load] = {
+    Pool.ENCODER: EncoderLoad(),
+    Pool.DECODER: DecoderLoad(kv_tokens_capacity=1000),
+    TEXT: ExpertLoad(),
+    VISION: ExpertLoad(),
+}
+
+
+def server_info(pool: Pool, address: str, max_shards: int, shards: tuple[int, ...]) -> MemberInfo:
+    role = Role.EXPERT_POOL
+    held: tuple[ShardSet, ...] = ()
+    if pool.modality is None:
+        role = Role.DECODER if pool is Pool.DECODER else Role.VISION_ENCODER
+    else:
+        held = (
+            ShardSet(
+                modality=pool.modality,
+                num_shards=NUM_SHARDS,
+                shards=shards,
+                max_shards=max_shards,
+            ),
+        )
+    is_ready = pool.modality is None or bool(shards)
+    return MemberInfo(
+        member_id=address,
+        role=role,
+        address=address,
+        state=MemberState.READY if is_ready else MemberState.LOADING,
+        shard_sets=held,
+    )
+
+
+def world(*, min_text: int = 1, **counts: int) -> World:
+    """Pools by name with the replicas they begin with; `vision_experts=1`."""
+    made = World(
+        {pool: replace(CONFIG, min_replicas=min_text if pool is TEXT else 0) for pool in Pool}
+    )
+    for name, count in counts.items():
+        pool = Pool(name.replace("_", "-"))
+        made.wanted[pool] = count
+        made.follow(pool)
+    return made

@@ -1,0 +1,264 @@
+"""The loop, over members, expert servers and a backend in memory, on a clock of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from unittest.mock import Mock
+
+import pytest
+from control.scaling_world import CONFIG, NUM_SHARDS, TEXT, VISION, World, world
+
+from chiasm import errors
+from chiasm.load import ExpertLoad, GatewayLoad
+from chiasm.membership import Role
+from chiasm.orchestrator.scaling import ScalingSettings
+from chiasm.orchestrator.types import Pool
+from chiasm.types import Modality
+
+
+async def test_an_empty_pool_is_placed_once_all_its_servers_are_there() -> None:
+    system = world(text_experts=2, min_text=2)
+    late = system.processes.pop("text-experts-2")
+    await system.step(2)
+    assert not any(p.told for p in system.processes.values()), "the second one is expected"
+    system.processes["text-experts-2"] = late
+    await system.step(4)
+    assert sorted(map(len, system.shards().values())) == [2, 2]
+    assert system.is_covered
+    assert not any(p.dropped for p in system.processes.values()), "nothing was loaded in vain"
+
+
+async def test_an_expected_server_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    system = world(text_experts=2, min_text=2)
+    del system.processes["text-experts-2"]
+    await system.step(12)
+    assert system.is_covered
+
+
+async def test_a_newcomer_takes_over_shards_and_none_is_ever_without_a_holder() -> None:
+    system = world(text_experts=1)
+    await system.step(3)
+    system.start(TEXT)
+    system.wanted[TEXT] = 2
+    await system.step(3)
+    assert system.is_covered
+    for _ in range(4):
+        await system.step()
+        assert system.is_covered
+    assert sorted(map(len, system.shards().values())) == [2, 2]
+
+
+async def test_shards_of_the_last_holder_go_to_a_survivor_at_once() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    system.kill("text-experts-1")
+    await system.loop.place()  # on the change of the topology, not on the next decision
+    assert system.processes["text-experts-2"].told == tuple(range(NUM_SHARDS))
+    await system.step(4)
+    assert system.is_covered
+
+
+async def test_fixed_servers_are_left_alone() -> None:
+    system = world(text_experts=1)
+    fixed = system.start(TEXT, max_shards=0, shards=(0, 1, 2))
+    system.wanted[TEXT] = 2
+    await system.step(8)
+    assert system.processes[fixed].told == ()
+    assert 3 in system.processes["text-experts-1"].told
+    assert system.is_covered
+
+
+async def test_a_new_orchestrator_moves_nothing_and_goes_on_from_the_old_epoch() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    before = system.shards()
+    for process in system.processes.values():
+        process.epoch = 1000
+    system.start_orchestrator()
+    await system.step(8)
+    assert system.shards() == before
+    system.kill("text-experts-1")
+    await system.step(8)
+    assert system.processes["text-experts-2"].epoch > 1000
+    assert system.is_covered
+
+
+async def test_members_that_come_back_are_waited_for() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    late = system.processes.pop("text-experts-2")
+    system.start_orchestrator()
+    await system.step(2)
+    told = system.processes["text-experts-1"].told
+    system.processes["text-experts-2"] = late
+    await system.step(4)
+    assert system.processes["text-experts-1"].told == told
+    assert not any(p.dropped for p in system.processes.values())
+
+
+async def test_a_server_that_does_not_answer_is_asked_again() -> None:
+    system = world(text_experts=1)
+    system.unreachable.add("text-experts-1")
+    await system.step(4)
+    system.unreachable.clear()
+    await system.step(6)
+    assert system.is_covered
+
+
+async def test_a_retired_server_hands_over_is_drained_and_then_stopped() -> None:
+    system = world(text_experts=2)
+    await system.step(6)
+    busy = dict(system.processes)
+    for process in busy.values():
+        process.queued = 1  # answers are on their way for a while after the drain
+    drained: list[str] = []
+    for _ in range(24):
+        await system.step()
+        drained = [a for a, p in system.processes.items() if p.is_draining]
+        assert system.is_covered
+        if drained:
+            break
+    assert len(drained) == 1
+    assert (TEXT, 1) not in system.scaled, "it has something to answer yet"
+    busy[drained[0]].queued = 0
+    await system.step(2)
+    assert system.scaled == [(TEXT, 1)]
+    assert drained[0] not in system.processes
+    assert system.is_covered
+    await system.step(20)
+    assert system.wanted[TEXT] == 1, "the minimum"
+
+
+async def test_a_retirement_is_called_off_when_the_load_is_back() -> None:
+    system = world(text_experts=2)
+    await system.step(6)
+    for process in system.processes.values():
+        assert len(process.told) == 2
+    for _ in range(24):
+        await system.step()
+        if any(len(p.told) == NUM_SHARDS for p in system.processes.values()):
+            break  # one begins to take over from the other
+    total = 0.0
+    for _ in range(6):
+        total += 1.9
+        for process in system.processes.values():
+            process.load = ExpertLoad(dispatches_total=1, compute_s_total=total)
+        await system.step()
+    assert not any(p.is_draining for p in system.processes.values())
+    assert system.wanted[TEXT] >= 2
+    assert all(shards for shards in system.shards().values())
+
+
+async def test_a_busy_pool_grows_by_the_decision() -> None:
+    system = world(text_experts=1)
+    await system.step(6)
+    total = 0.0
+    for _ in range(4):
+        total += 1.9
+        system.processes["text-experts-1"].load = ExpertLoad(
+            dispatches_total=round(total), compute_s_total=total
+        )
+        await system.step()
+    assert system.wanted[TEXT] == 2
+
+
+async def test_encoder_and_vision_pool_sleep_and_are_woken_together() -> None:
+    system = world(text_experts=1, vision_experts=1, encoder=1)
+    gateway = GatewayLoad()
+    system.add(Role.GATEWAY, gateway)
+    await system.step(20)
+    assert (system.wanted[Pool.ENCODER], system.wanted[VISION]) == (0, 0)
+    assert not system.shards(Modality.VISION)
+    assert system.wanted[TEXT] == 1
+    system.processes[Role.GATEWAY].load = GatewayLoad(waiting_encoder=1)
+    await system.step()
+    assert (system.wanted[Pool.ENCODER], system.wanted[VISION]) == (1, 1)
+    await system.step(8)
+    (shards,) = system.shards(Modality.VISION).values()
+    assert shards == tuple(range(NUM_SHARDS))
+
+
+async def test_without_the_backends_word_nothing_is_scaled_but_shards_are_placed() -> None:
+    system = world(text_experts=2)
+    await system.step(4)
+    system.is_away = True
+    system.kill("text-experts-1")
+    await system.step(20)
+    assert system.scaled == []
+    assert system.is_covered
+
+
+async def test_without_a_backend_shards_are_placed() -> None:
+    system = World(dict.fromkeys(Pool, CONFIG), scales=False)
+    system.start(TEXT)
+    await system.step(10)
+    assert system.is_covered
+    assert system.loop.decision is not None
+    assert not system.loop.decision.replicas
+
+
+async def test_the_loop_goes_round_on_changes_and_survives_a_bad_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    system = world(text_experts=1)
+    changes: asyncio.Queue[None] = asyncio.Queue()
+    steps = 0
+
+    async def place() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 1:
+            raise RuntimeError("a defect")
+
+    async def changed(_: object) -> None:
+        await changes.get()
+
+    log = Mock()
+    monkeypatch.setattr("chiasm.orchestrator.loop.log", log)
+    monkeypatch.setattr(system.loop, "place", place)
+    running = asyncio.create_task(system.loop.run(changed))
+    async with asyncio.timeout(10):
+        for expected in range(1, 4):
+            while steps < expected:  # noqa: ASYNC110  # a step is told by nobody
+                await asyncio.sleep(0.01)
+            changes.put_nowait(None)
+    running.cancel()
+    log.exception.assert_called_once_with("step_failed")
+
+
+def test_every_pool_has_its_settings() -> None:
+    settings = ScalingSettings.model_validate(
+        {"text_experts_max": 5, "encoder_target_s": 0.5, "scale_up_at": 0.7}
+    )
+    configs = settings.pool_configs(report_s=2.0)
+    assert configs[TEXT].max_replicas == 5
+    assert configs[Pool.ENCODER].target_s == 0.5
+    assert {config.up for config in configs.values()} == {0.7}
+    assert configs[VISION].min_replicas == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"scale_down_at": 0.9}, "scale_down_at"),
+        ({"decoder_min": 3, "decoder_max": 2}, "decoder_min"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, float], field: str) -> None:
+    with pytest.raises(errors.InvalidArgument) as refused:
+        ScalingSettings.model_validate(settings).pool_configs(report_s=2.0)
+    assert refused.value.field == field
+
+
+async def test_a_pool_that_was_woken_waits_for_all_its_servers_again() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    for address in ("text-experts-1", "text-experts-2"):
+        system.kill(address)
+    await system.step()
+    system.start(TEXT)
+    await system.step(2)
+    assert not system.processes["text-experts-3"].told, "another one is expected"
+    system.start(TEXT)
+    await system.step(4)
+    assert sorted(map(len, system.shards().values())) == [2, 2]
