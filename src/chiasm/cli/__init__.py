@@ -8,6 +8,7 @@ import typer
 
 from chiasm.cli.bench import bench
 from chiasm.cli.chat import chat
+from chiasm.cli.convert import convert
 from chiasm.cli.demo import demo
 from chiasm.cli.eval import evaluate
 from chiasm.cli.generate import generate
@@ -53,7 +54,7 @@ def _add_service(name: str, module: str, help_text: str) -> None:
         import_module(f"{module}.__main__").main(context.args)
 
 
-for _command in (up, status, generate, chat, demo, synth, train):
+for _command in (up, status, generate, chat, demo, synth, convert, train):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench)

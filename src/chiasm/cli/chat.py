@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from chiasm import errors
-from chiasm.cli import failures, messages
+from chiasm.cli import connection, failures, messages
 from chiasm.cli.generate import DEFAULT_ENDPOINT, Endpoint, Timeout
 from chiasm.client import Client, Delta, Finished, Media, Message, Sampling, assistant, user
 from chiasm.types import MediaKind
@@ -27,11 +27,20 @@ def chat(
         bool, typer.Option("--enable-thinking", help="Let the model think first.")
     ] = False,
     timeout: Timeout = 600.0,
+    tls: connection.Tls = False,
+    tls_ca: connection.TlsCa = None,
+    tls_cert: connection.TlsCert = None,
+    tls_key: connection.TlsKey = None,
+    tls_name: connection.TlsName = "",
+    api_key: connection.ApiKey = "",
 ) -> None:
     """Talks with the model until /quit or the end of the input."""
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     console = Console(highlight=False, soft_wrap=True)
-    with Client(endpoint, timeout_s=timeout) as client:
+    with failures.reported():
+        files = connection.files(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, name=tls_name)
+        client = Client(endpoint, timeout_s=timeout, tls=files, api_key=api_key)
+    with client:
         with failures.reported():
             name = client.get_model().name
         console.print(f"[bold]{name}[/] at {endpoint}. {_HELP}")
@@ -94,9 +103,7 @@ class Session:
                         self._console.print(event.reasoning_text, end="", markup=False, style="dim")
                     self._console.print(event.text, end="", markup=False)
                 elif isinstance(event, Finished):
-                    seconds = event.timings.total_ns / 1e9
-                    note = f"{event.usage.completion_tokens} tokens, {seconds:.1f} s"
-                    self._console.print(f"\n({note})", style="dim")
+                    self._console.print(f"\n({_note(event)})", style="dim")
         except KeyboardInterrupt:
             self._console.print("\n(interrupted)", style="dim")
             return
@@ -105,6 +112,13 @@ class Session:
         self.history.append(turn)
         if reply:
             self.history.append(assistant(reply))
+
+
+def _note(finished: Finished) -> str:
+    """What an answer has cost."""
+    usage, seconds = finished.usage, finished.timings.total_ns / 1e9
+    prompt = f"{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} of them cached"
+    return f"{usage.completion_tokens} tokens, {seconds:.1f} s; {prompt}"
 
 
 def _lines(console: Console) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from chiasm import errors
-from chiasm.cli import answers, failures, messages, options
+from chiasm.cli import answers, connection, failures, messages, options
 from chiasm.client import Client, Delta, Media, Prompt, Sampling, user
 from chiasm.telemetry import traces
 from chiasm.transport.service import flush
@@ -50,6 +50,12 @@ def generate(
     thinking_budget: options.ThinkingBudget = None,
     enable_thinking: options.EnableThinking = False,
     timeout: Timeout = 600.0,
+    tls: connection.Tls = False,
+    tls_ca: connection.TlsCa = None,
+    tls_cert: connection.TlsCert = None,
+    tls_key: connection.TlsKey = None,
+    tls_name: connection.TlsName = "",
+    api_key: connection.ApiKey = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
     ] = False,
@@ -69,7 +75,8 @@ def generate(
             request = build_prompt(
                 prompt, messages_json, prompt_token_ids, image or (), video or ()
             )
-            with Client(endpoint, timeout_s=timeout) as client:
+            files = connection.files(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, name=tls_name)
+            with Client(endpoint, timeout_s=timeout, tls=files, api_key=api_key) as client:
                 show = _print_json if as_json else _stream
                 show(client, request, sampling, enable_thinking)
     finally:

@@ -14,9 +14,10 @@ from rich.live import Live
 from rich.table import Table
 
 from chiasm import errors
-from chiasm.cli import failures, running
+from chiasm.cli import connection, failures, running
 from chiasm.membership import MemberInfo, Topology
 from chiasm.telemetry import logs
+from chiasm.transport import tls as credentials
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.types import Modality, ShardSpec
 
@@ -35,6 +36,11 @@ def status(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow changes until Ctrl-C.")] = False,
+    tls: connection.Tls = False,
+    tls_ca: connection.TlsCa = None,
+    tls_cert: connection.TlsCert = None,
+    tls_key: connection.TlsKey = None,
+    tls_name: connection.TlsName = "",
 ) -> None:
     """Shows the members of a running system: role, address, state, shards, metrics."""
     logs.configure("status", level="error")
@@ -42,6 +48,8 @@ def status(
         address = endpoint or running.find()
         if not address:
             raise errors.Unavailable("no running `chiasm up` found; name one with --endpoint")
+        peers = connection.files(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, name=tls_name)
+        credentials.use(port=None, peers=peers)
         try:
             asyncio.run(_status(address, as_json=as_json, watch=watch))
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,18 @@ def synth(
     preset: Annotated[str, typer.Option(help="Dimensions of the model.")] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    experts: Annotated[
+        str, typer.Option(help="Routed experts: stored (as --dtype), int8, int4 or tcq2.")
+    ] = "stored",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Number of layers; unset: the preset's.")
+    ] = None,
 ) -> None:
     """Writes a random checkpoint with the model's structure, tokenizer and configuration."""
-    from chiasm.model.synth import synthesize
+    from chiasm.model.synth import find, synthesize
 
     with failures.reported():
-        synthesize(directory, preset=preset, seed=seed, dtype=dtype)
+        dimensions = find(preset)
+        if layers is not None:
+            dimensions = replace(dimensions, num_layers=layers)
+        synthesize(directory, preset=dimensions, seed=seed, dtype=dtype, experts=experts)

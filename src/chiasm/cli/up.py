@@ -23,6 +23,15 @@ CHECK_S = 0.5
 
 log = structlog.get_logger()
 
+Autoscale = Annotated[
+    bool, typer.Option("--autoscale", help="Start and stop replicas by load; place their shards.")
+]
+MaxReplicas = Annotated[int, typer.Option(help="With --autoscale: most replicas of each kind.")]
+VideoAdvance = Annotated[
+    Literal["original", "transformers"] | None,
+    typer.Option(help="Rule of positions after a video; unset: the checkpoint's."),
+]
+
 
 def up(
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
@@ -38,10 +47,9 @@ def up(
     colocate: Annotated[
         bool, typer.Option("--colocate", help="Run the pools inside the decoder.")
     ] = False,
-    video_advance: Annotated[
-        Literal["original", "transformers"] | None,
-        typer.Option(help="Rule of positions after a video; unset: the checkpoint's."),
-    ] = None,
+    autoscale: Autoscale = False,
+    max_replicas: MaxReplicas = 2,
+    video_advance: VideoAdvance = None,
     orchestrator_port: Annotated[
         int, typer.Option(help="Port of the orchestrator; 0: a free one.")
     ] = 0,
@@ -71,6 +79,8 @@ def up(
             vision_servers=vision_servers,
             dtype=dtype,
             colocate=colocate,
+            autoscale=autoscale,
+            max_replicas=max_replicas,
             video_advance=video_advance,
             orchestrator_port=orchestrator_port,
             log_dir=log_dir,
@@ -103,6 +113,7 @@ def _run(stack: LocalStack) -> None:
             sys.stdout.write(f"ready {address}\n")
             sys.stdout.flush()
             while not stop.wait(CHECK_S):
+                stack.reconcile()
                 for child in stack.newly_dead():
                     log.error("process_died", process=child.name, exit_code=child.exit_code)
     finally:

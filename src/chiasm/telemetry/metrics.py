@@ -59,6 +59,14 @@ DISPATCH_TOKENS = Counter(
 EXPERT_TOKENS = Counter(
     "chiasm_expert_tokens_total", "Tokens computed by each expert.", ["modality", "expert"]
 )
+SHARD_TOKENS = Counter(
+    "chiasm_shard_tokens_total",
+    "Tokens with an expert in a shard, all layers together.",
+    ["modality", "shard"],
+)
+SHARD_COMPUTE_SECONDS = Counter(
+    "chiasm_shard_compute_seconds_total", "Time spent computing a shard.", ["modality", "shard"]
+)
 DISPATCH_FAILURES = Counter(
     "chiasm_dispatch_failures_total", "Dispatches answered with an error.", ["modality", "reason"]
 )
@@ -83,6 +91,10 @@ RESUMES = Counter(
 REQUESTS_IN_FLIGHT = Gauge("chiasm_requests_in_flight", "Generate calls being worked on.")
 PROMPT_TOKENS = Counter(
     "chiasm_prompt_tokens_total", "Prompt tokens of requests sent to a decoder.", ["modality"]
+)
+CACHED_PROMPT_TOKENS = Counter(
+    "chiasm_cached_prompt_tokens_total",
+    "Prompt tokens of answered requests that a decoder's prefix cache had.",
 )
 COMPLETION_TOKENS = Counter("chiasm_completion_tokens_total", "Tokens streamed to clients.")
 TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
@@ -138,6 +150,26 @@ EXPERT_WAIT_SECONDS = Histogram(
     ["modality"],
     buckets=LATENCY_BUCKETS,
 )
+DISPATCHES_SENT = Counter(
+    "chiasm_decoder_dispatches_total",
+    "Dispatches sent to expert servers, repeated and hedged ones included, by lane or stream.",
+    ["modality", "way"],
+)
+DISPATCH_ATTEMPTS_FAILED = Counter(
+    "chiasm_decoder_dispatch_failures_total",
+    "Dispatches that a server did not answer, or with an error.",
+    ["modality", "reason"],
+)
+HEDGES = Counter(
+    "chiasm_decoder_hedges_total",
+    "Dispatches sent to a replica too, those whose answer came first, and those denied by budget.",
+    ["modality", "outcome"],
+)
+LANES = Counter(
+    "chiasm_decoder_lanes_total",
+    "Connections to expert servers: with a lane, or why without.",
+    ["modality", "outcome"],
+)
 STEP_SECONDS = Histogram(
     "chiasm_decoder_step_seconds", "Duration of engine steps.", buckets=LATENCY_BUCKETS
 )
@@ -163,17 +195,48 @@ PREFIX_CACHE_QUERIES = Counter(
 PREFIX_CACHE_HITS = Counter(
     "chiasm_prefix_cache_hits_total", "Prompt tokens that the prefix cache had."
 )
+EMBEDDINGS_HITS = Counter(
+    "chiasm_decoder_embedding_cache_hits_total",
+    "Media items of requests whose embeddings were held, or on their way for another request.",
+)
+EMBEDDINGS_MISSES = Counter(
+    "chiasm_decoder_embedding_cache_misses_total",
+    "Media items of requests whose embeddings were fetched from an encoder.",
+)
+EMBEDDINGS_BYTES = Gauge(
+    "chiasm_decoder_embedding_cache_bytes", "Embeddings held by the decoder's cache."
+)
+DRAFTED_TOKENS = Counter(
+    "chiasm_decoder_drafted_tokens_total", "Tokens guessed ahead by speculation."
+)
+ACCEPTED_TOKENS = Counter(
+    "chiasm_decoder_accepted_tokens_total", "Guessed tokens that the model chose, too."
+)
 RUNNING_REQUESTS = Gauge("chiasm_decoder_running_requests", "Requests in the running batch.")
 WAITING_REQUESTS = Gauge("chiasm_decoder_waiting_requests", "Requests waiting for admission.")
 KV_TOKENS_USED = Gauge("chiasm_decoder_kv_used_tokens", "Tokens with KV cache reserved.")
 KV_TOKENS_TOTAL = Gauge("chiasm_decoder_kv_capacity_tokens", "Tokens the KV cache can hold.")
 
 
+ORCHESTRATOR_LEADS = Gauge(
+    "chiasm_orchestrator_leads", "1 while this orchestrator is the leader, 0 while it follows."
+)
 MEMBERS = Gauge("chiasm_members", "Members in the topology.", ["role", "state"])
 TOPOLOGY_VERSION = Gauge("chiasm_topology_version", "Version of the topology.")
 POOL_SHARDS = Gauge("chiasm_pool_shards", "Shards an expert pool is cut into.", ["modality"])
 POOL_SHARDS_MISSING = Gauge(
     "chiasm_pool_shards_missing", "Shards of an expert pool without a ready server.", ["modality"]
+)
+REPLICAS_WANTED = Gauge(
+    "chiasm_pool_wanted_replicas", "Replicas that were decided for a pool.", ["pool"]
+)
+REPLICAS_DEMANDED = Gauge(
+    "chiasm_pool_demand_replicas",
+    "Fully used replicas that would do for what a pool has to do; absent while it is not known.",
+    ["pool"],
+)
+PLACEMENT_EPOCH = Gauge(
+    "chiasm_placement_epoch", "Epoch of the last assignment of shards to expert servers."
 )
 
 
@@ -185,6 +248,7 @@ OF_SERVICE: dict[str, tuple[MetricWrapperBase, ...]] = {
         RESUMES,
         REQUESTS_IN_FLIGHT,
         PROMPT_TOKENS,
+        CACHED_PROMPT_TOKENS,
         COMPLETION_TOKENS,
         TIME_TO_FIRST_TOKEN_SECONDS,
         INTER_TOKEN_SECONDS,
@@ -203,6 +267,10 @@ OF_SERVICE: dict[str, tuple[MetricWrapperBase, ...]] = {
     ),
     "decoder": (
         EXPERT_WAIT_SECONDS,
+        DISPATCHES_SENT,
+        DISPATCH_ATTEMPTS_FAILED,
+        HEDGES,
+        LANES,
         STEP_SECONDS,
         SPLIT_STEPS,
         STEP_TOKENS,
@@ -210,6 +278,12 @@ OF_SERVICE: dict[str, tuple[MetricWrapperBase, ...]] = {
         PREEMPTIONS,
         PREFIX_CACHE_QUERIES,
         PREFIX_CACHE_HITS,
+        EMBEDDINGS_HITS,
+        EMBEDDINGS_MISSES,
+        EMBEDDINGS_BYTES,
+        DRAFTED_TOKENS,
+        ACCEPTED_TOKENS,
+        EXPERT_TOKENS,  # with --colocate
         RUNNING_REQUESTS,
         WAITING_REQUESTS,
         KV_TOKENS_USED,
@@ -220,10 +294,21 @@ OF_SERVICE: dict[str, tuple[MetricWrapperBase, ...]] = {
         DISPATCH_COMPUTE_SECONDS,
         DISPATCH_TOKENS,
         EXPERT_TOKENS,
+        SHARD_TOKENS,
+        SHARD_COMPUTE_SECONDS,
         DISPATCH_FAILURES,
         QUEUED_DISPATCHES,
     ),
-    "orchestrator": (MEMBERS, TOPOLOGY_VERSION, POOL_SHARDS, POOL_SHARDS_MISSING),
+    "orchestrator": (
+        ORCHESTRATOR_LEADS,
+        MEMBERS,
+        TOPOLOGY_VERSION,
+        POOL_SHARDS,
+        POOL_SHARDS_MISSING,
+        REPLICAS_WANTED,
+        REPLICAS_DEMANDED,
+        PLACEMENT_EPOCH,
+    ),
 }
 """What each service exports, beside RPC_SECONDS and the process's own figures."""
 

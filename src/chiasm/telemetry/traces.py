@@ -59,10 +59,11 @@ def configure(service: str, *, instance_id: str) -> TracerProvider | None:
     return provider
 
 
-def inject() -> dict[str, str]:
-    """The current context as traceparent/tracestate; empty when there is none."""
+def inject(span: trace.Span | None = None) -> dict[str, str]:
+    """The context, with `span` or the current one, as traceparent/tracestate; empty for none."""
     carrier: dict[str, str] = {}
-    propagate.inject(carrier)
+    context = trace.set_span_in_context(span) if span is not None else None
+    propagate.inject(carrier, context=context)
     return carrier
 
 
@@ -105,6 +106,15 @@ def child(
         return
     with span(name, kind=kind, attributes=attributes) as started:
         yield started
+
+
+def begin_child(
+    name: str, *, kind: trace.SpanKind, attributes: Attributes | None = None
+) -> trace.Span:
+    """A span under the current one, which the caller ends; where nothing is recorded, none."""
+    if not trace.get_current_span().is_recording():
+        return trace.INVALID_SPAN
+    return tracer.start_span(name, kind=kind, attributes=attributes)
 
 
 @contextmanager

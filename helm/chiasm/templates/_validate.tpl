@@ -1,0 +1,109 @@
+{{/* Stops with a sentence for values that the schema allows one by one, but not together. */}}
+{{- define "chiasm.validate" -}}
+{{- include "chiasm.validatePools" . -}}
+{{- include "chiasm.validateModel" . -}}
+{{- include "chiasm.validateAccess" . -}}
+{{- if and .Values.metrics.serviceMonitor.enabled .Values.metrics.podMonitor.enabled -}}
+{{- fail "metrics.serviceMonitor and metrics.podMonitor would scrape every pod twice; enable one of them" -}}
+{{- end -}}
+{{- if and .Values.tracing.enabled (not .Values.tracing.endpoint) -}}
+{{- fail "tracing.enabled needs tracing.endpoint, as http://collector:4317" -}}
+{{- end -}}
+{{- if and .Values.route.enabled (not .Values.route.parentRefs) -}}
+{{- fail "route.enabled needs route.parentRefs" -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
+{{- fail "ingress.enabled needs ingress.hosts" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "chiasm.validatePools" -}}
+{{- $colocate := .Values.decoder.settings.colocate -}}
+{{- if and $colocate (or .Values.expertPools.text.enabled .Values.expertPools.vision.enabled) -}}
+{{- fail "decoder.settings.colocate runs both pools inside the decoder; set expertPools.text.enabled and expertPools.vision.enabled to false" -}}
+{{- end -}}
+{{- if and (not $colocate) (not .Values.expertPools.text.enabled) -}}
+{{- fail "without expertPools.text nothing can be answered; enable it, or set decoder.settings.colocate" -}}
+{{- end -}}
+{{- $types := dict -}}
+{{- range $component, $spec := include "chiasm.components" . | fromYaml -}}
+{{- $type := include "chiasm.scaling" $spec.values -}}
+{{- if ne $component "gateway" -}}{{- $_ := set $types $type $component -}}{{- end -}}
+{{- with $spec.values.autoscaling -}}
+{{- if and (ne $type "none") (lt (int .maxReplicas) (int .minReplicas)) -}}
+{{- fail (printf "%s: autoscaling.maxReplicas is less than autoscaling.minReplicas" $component) -}}
+{{- end -}}
+{{- if and (eq $type "hpa") (lt (int .minReplicas) 1) -}}
+{{- fail (printf "%s: an HPA cannot scale to 0; use autoscaling.type builtin or keda-external" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- with $spec.shards -}}
+{{- $most := int (dig "settings" "max_shards" 0 $spec.values) -}}
+{{- $least := int $spec.values.replicas -}}
+{{- if ne $type "none" -}}{{- $least = int $spec.values.autoscaling.minReplicas -}}{{- end -}}
+{{- if and (gt $most 0) (gt $least 0) (lt (mul $most $least) (int .)) -}}
+{{- fail (printf "%s: %d pods with at most %d shards each cannot hold all %d shards" $component $least $most (int .)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $other := list "keda-external" "hpa" -}}
+{{- if and (hasKey $types "builtin") (hasKey $types $other) -}}
+{{- fail (printf "%s has autoscaling.type builtin and %s %s: the orchestrator scales all pools or none" (get $types "builtin") (get $types $other) $other) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "chiasm.validateModel" -}}
+{{- $volume := .Values.model.volume -}}
+{{- $download := .Values.model.download -}}
+{{- if and (eq $volume.type "existingClaim") (not $volume.existingClaim) -}}
+{{- fail "model.volume.type existingClaim needs model.volume.existingClaim" -}}
+{{- end -}}
+{{- if and (eq $download.source "none") (ne $volume.type "existingClaim") -}}
+{{- fail (printf "model.volume.type %s is empty at first; set model.download.source, or give an existingClaim that holds the model" $volume.type) -}}
+{{- end -}}
+{{- if and (eq $download.source "huggingface") (not $download.huggingface.repository) -}}
+{{- fail "model.download.source huggingface needs model.download.huggingface.repository" -}}
+{{- end -}}
+{{- if and (eq $download.source "archive") (not $download.archive.url) -}}
+{{- fail "model.download.source archive needs model.download.archive.url" -}}
+{{- end -}}
+{{- if and (eq $download.source "command") (not $download.command) -}}
+{{- fail "model.download.source command needs model.download.command" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "chiasm.validateAccess" -}}
+{{- $auth := .Values.auth -}}
+{{- $tests := .Values.tests -}}
+{{- $gateway := .Values.tls.gateway -}}
+{{- if $auth.enabled -}}
+{{- if and (not $auth.keys) (not $auth.existingSecret) -}}
+{{- fail "auth.enabled needs auth.existingSecret or auth.keys" -}}
+{{- end -}}
+{{- if and $auth.keys $auth.existingSecret -}}
+{{- fail "give auth.keys or auth.existingSecret, not both" -}}
+{{- end -}}
+{{- if and $auth.existingSecret $tests.enabled (not (and $tests.apiKeySecret.name $tests.apiKeySecret.key)) -}}
+{{- fail "with auth.existingSecret the tests need a key: set tests.apiKeySecret.name and .key, or tests.enabled to false" -}}
+{{- end -}}
+{{- end -}}
+{{- if and $gateway.existingSecret $gateway.certManager.issuerRef -}}
+{{- fail "give tls.gateway.existingSecret or tls.gateway.certManager.issuerRef, not both" -}}
+{{- end -}}
+{{- if and $gateway.certManager.issuerRef (not $gateway.certManager.dnsNames) -}}
+{{- fail "tls.gateway.certManager.issuerRef needs tls.gateway.certManager.dnsNames" -}}
+{{- end -}}
+{{- if $gateway.clientCASecret -}}
+{{- if not (include "chiasm.hasTls" (dict "root" . "component" "gateway")) -}}
+{{- fail "tls.gateway.clientCASecret needs a certificate of the gateway: set tls.enabled, or one under tls.gateway" -}}
+{{- end -}}
+{{- if and $tests.enabled (not $tests.clientCertSecret) -}}
+{{- fail "with tls.gateway.clientCASecret the tests need a certificate: set tests.clientCertSecret, or tests.enabled to false" -}}
+{{- end -}}
+{{- end -}}
+{{- $accounts := .Values.serviceAccount -}}
+{{- if and (not $accounts.create) (eq $accounts.name $accounts.orchestratorName) -}}
+{{- fail "serviceAccount.orchestratorName must differ from serviceAccount.name: every pod would get the orchestrator's rights" -}}
+{{- end -}}
+{{- end -}}

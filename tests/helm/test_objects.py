@@ -1,0 +1,274 @@
+"""What the pods promise: confinement, probes, drains, settings, secrets, the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helm.rendering import (
+    NAME,
+    NAMESPACE,
+    POOLS,
+    RELEASE,
+    Object,
+    container,
+    environment,
+    pod_specs,
+    rendered,
+    workloads,
+)
+from helm.starting import EXAMPLE, SETTINGS, VALUES, name, started
+
+from chiasm.orchestrator.types import Pool
+from chiasm.services.decoder.config import DecoderSettings
+from chiasm.services.expert_pool.config import ExpertPoolSettings
+from chiasm.services.gateway.config import GatewaySettings
+from chiasm.transport.server import LIVE, LOADED
+
+
+@pytest.mark.parametrize("values", VALUES, ids=name)
+def test_every_process_starts_with_its_environment(
+    values: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every variable of the chart is a setting that the program knows, with a value it takes."""
+    found = rendered(values=values)
+    for component in workloads(found):
+        with monkeypatch.context() as patch:
+            settings = started(found, component, patch)
+        names = {n for n in environment(container(found, component)) if n.startswith("CHIASM_")}
+        known = {f"CHIASM_{field.upper()}" for field in SETTINGS[component].model_fields}
+        assert names <= known
+        assert settings.advertise_host == "10.1.2.3"
+        assert settings.bind == f"0.0.0.0:{8000 if component == 'gateway' else 9000}"
+
+
+def test_values_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rendered(
+        'decoder.settings={"kv_cache_tokens":268435456,"speculation":"ngram","park_timeout_s":2.5,'
+        '"lane":false}',
+        'expertPools.text.device="cuda"',
+        "expertPools.text.shards=4",
+        'model.name="ernie"',
+    )
+    with monkeypatch.context() as patch:
+        decoder = started(found, "decoder", patch)
+        assert isinstance(decoder, DecoderSettings)
+        assert (decoder.kv_cache_tokens, decoder.speculation) == (268435456, "ngram")
+        assert (decoder.park_timeout_s, decoder.lane, decoder.grace_s) == (2.5, False, 600)
+        assert decoder.orchestrator == f"{NAME}-orchestrator.{NAMESPACE}.svc:9000"
+        assert decoder.member_name == f"{NAME}-decoder-0"
+    with monkeypatch.context() as patch:
+        experts = started(found, "text-experts", patch)
+        assert isinstance(experts, ExpertPoolSettings)
+        assert (experts.modality, experts.device) == ("text", "cuda")
+        assert experts.shard_spec.is_auto
+        assert experts.shard_spec.num_shards == 4
+    with monkeypatch.context() as patch:
+        gateway = started(found, "gateway", patch)
+        assert isinstance(gateway, GatewaySettings)
+        assert gateway.served_name == "ernie"
+
+
+@pytest.mark.parametrize("values", VALUES, ids=name)
+def test_pods_are_confined(values: tuple[Path, ...]) -> None:
+    """The restricted Pod Security Standard, and a root file system that cannot be written."""
+    for spec in pod_specs(rendered(values=values)).values():
+        pod = spec["securityContext"]
+        assert pod["runAsNonRoot"] is True
+        assert pod["runAsUser"] == 10001
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not any(key in spec for key in ("hostNetwork", "hostPID", "hostIPC"))
+        assert spec["enableServiceLinks"] is False
+        kinds = ({*volume} - {"name"} for volume in spec["volumes"])
+        assert all(
+            kind <= {"emptyDir", "configMap", "secret", "persistentVolumeClaim"} for kind in kinds
+        )
+        for main in (*spec["containers"], *spec.get("initContainers", ())):
+            context = main["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert {"name": "tmp", "mountPath": "/tmp"} in main["volumeMounts"]
+            assert not main["image"].endswith(":latest")
+            assert ":" in main["image"]
+
+
+def longest(thing: Object) -> int:
+    """A label; that of a StatefulSet's revision adds eleven characters to its name."""
+    return 52 if thing["kind"] == "StatefulSet" else 63
+
+
+@pytest.mark.parametrize("values", VALUES, ids=name)
+def test_names_and_labels(values: tuple[Path, ...]) -> None:
+    found = rendered(values=values)
+    for key, thing in found.items():
+        if thing["kind"] == "BackendTLSPolicy":
+            continue  # of extraObjects: as it was written
+        assert len(thing["metadata"]["name"]) <= longest(thing), key
+        assert thing["metadata"]["namespace"] == NAMESPACE
+        labels = thing["metadata"]["labels"]
+        assert labels["app.kubernetes.io/instance"] == RELEASE
+        assert labels["app.kubernetes.io/managed-by"] == "Helm"
+    for component, workload in workloads(found).items():
+        assert workload["metadata"]["name"] == f"{NAME}-{component}"
+        chosen = workload["spec"]["selector"]["matchLabels"]
+        assert chosen.items() <= workload["spec"]["template"]["metadata"]["labels"].items()
+        assert chosen["app.kubernetes.io/component"] == component
+
+
+def test_long_release_names_fit() -> None:
+    found = rendered('fullnameOverride="a-name-that-is-much-longer-than-what-fits-anywhere"')
+    assert all(len(thing["metadata"]["name"]) <= longest(thing) for thing in found.values())
+
+
+@pytest.mark.parametrize("values", VALUES, ids=name)
+def test_probes_ask_what_health_knows(values: tuple[Path, ...]) -> None:
+    found = rendered(values=values)
+    for component in workloads(found):
+        main = container(found, component)
+        ports = {port["name"]: port["containerPort"] for port in main["ports"]}
+        assert ports["metrics"] == 9090
+        probes = {
+            kind: main[f"{kind}Probe"]["grpc"] for kind in ("startup", "readiness", "liveness")
+        }
+        assert {probe["port"] for probe in probes.values()} == {ports.get("health", ports["grpc"])}
+        assert probes["startup"]["service"] == LOADED
+        assert probes["liveness"]["service"] == LIVE
+        assert "service" not in probes["readiness"]
+        settings = environment(main)
+        assert ("health" in ports) == ("CHIASM_HEALTH_PORT" in settings)
+        assert settings.get("CHIASM_HEALTH_PORT", "9091") == "9091"
+        patience = main["startupProbe"]
+        assert patience["periodSeconds"] * patience["failureThreshold"] >= 1800
+
+
+def test_encrypted_ports_are_probed_in_plain_text_beside_them() -> None:
+    tls = rendered("tls.enabled=true")
+    assert all(
+        container(tls, component)["readinessProbe"]["grpc"]["port"] == 9091
+        for component in workloads(tls)
+    )
+    gateway_only = rendered('tls.gateway.existingSecret="web"')
+    probed = {
+        component: container(gateway_only, component)["readinessProbe"]["grpc"]["port"]
+        for component in workloads(gateway_only)
+    }
+    assert probed.pop("gateway") == 9091
+    assert set(probed.values()) == {9000}
+
+
+def test_probes_can_be_switched_off() -> None:
+    for spec in pod_specs(rendered("probes.enabled=false")).values():
+        assert not [key for main in spec["containers"] for key in main if key.endswith("Probe")]
+
+
+@pytest.mark.parametrize("values", VALUES, ids=name)
+def test_the_drain_fits_into_the_grace(values: tuple[Path, ...]) -> None:
+    found = rendered(values=values)
+    for component, workload in workloads(found).items():
+        spec = workload["spec"]["template"]["spec"]
+        hook = container(found, component).get("lifecycle")
+        seconds = float(hook["preStop"]["exec"]["command"][1]) if hook else 0.0
+        assert (hook is not None) == (workload["kind"] == "Deployment")
+        grace = float(environment(container(found, component)).get("CHIASM_GRACE_S", 1.0))
+        assert spec["terminationGracePeriodSeconds"] >= seconds + grace + 5
+
+
+def test_pools_are_stateful_sets_that_start_at_once() -> None:
+    found = rendered()
+    for pool in Pool:
+        spec = found[f"StatefulSet/{NAME}-{pool}"]["spec"]
+        assert spec["podManagementPolicy"] == "Parallel"
+        headless = found[f"Service/{spec['serviceName']}"]
+        assert headless["spec"]["clusterIP"] == "None"
+    assert set(POOLS) == {str(pool) for pool in Pool}
+
+
+def test_the_model_is_read_only_and_where_the_settings_say() -> None:
+    found = rendered()
+    for component in workloads(found):
+        mounts = {m["name"]: m for m in container(found, component)["volumeMounts"]}
+        model = environment(container(found, component)).get("CHIASM_MODEL", "")
+        if component == "orchestrator":
+            assert "models" not in mounts
+            assert not model
+            continue
+        assert mounts["models"]["readOnly"] is True
+        (fetch,) = workloads(found)[component]["spec"]["template"]["spec"]["initContainers"]
+        assert environment(fetch)["MODEL"] == model
+        weightless = environment(fetch).get("MODEL_WEIGHTS") == "no"
+        assert weightless == (component == "gateway")
+
+
+def test_another_source_of_the_model_is_another_folder() -> None:
+    def folder(*sets: str) -> str:
+        return environment(container(rendered(*sets), "decoder"))["CHIASM_MODEL"]
+
+    folders = {
+        folder(),
+        folder('model.download.huggingface.revision="v2"'),
+        folder('model.download={"source":"archive","archive":{"url":"https://x/y.tar"}}'),
+        folder(f'model.download.checksums="{"0" * 64}  a"'),
+    }
+    assert len(folders) == 4
+
+
+def test_secrets_are_files_of_those_who_need_them() -> None:
+    found = rendered(values=EXAMPLE["tls-auth"])
+    for component in workloads(found):
+        volumes = workloads(found)[component]["spec"]["template"]["spec"]["volumes"]
+        secrets = {v["secret"]["secretName"] for v in volumes if "secret" in v}
+        own = {"chiasm-keys", f"{NAME}-gateway-tls"} if component == "gateway" else set()
+        assert secrets == {f"{NAME}-tls"} | own
+        assert all(v["secret"]["defaultMode"] == 0o440 for v in volumes if "secret" in v)
+    names = found[f"Certificate/{NAME}-tls"]["spec"]["dnsNames"]
+    assert environment(container(found, "decoder"))["CHIASM_TLS_NAME"] in names
+    assert f"{NAME}-orchestrator.{NAMESPACE}.svc" in names
+    assert found[f"Issuer/{NAME}-ca"]["spec"] == {"ca": {"secretName": f"{NAME}-ca"}}
+
+
+def test_keys_of_the_values_are_one_a_line() -> None:
+    found = rendered('auth={"enabled":true,"keys":["0123456789abcdef","fedcba9876543210"]}')
+    secret = found[f"Secret/{NAME}-api-keys"]["stringData"]
+    assert secret["api-keys"].splitlines() == ["0123456789abcdef", "fedcba9876543210"]
+    keys = environment(container(found, "gateway"))["CHIASM_API_KEYS"]
+    assert keys == "/etc/chiasm/auth/api-keys"
+    (test, *_) = [spec for key, spec in pod_specs(found).items() if key.startswith("Pod/")]
+    (variable,) = [e for e in test["containers"][0]["env"] if e["name"] == "CHIASM_API_KEY"]
+    assert variable["valueFrom"]["secretKeyRef"]["name"] == f"{NAME}-api-keys"
+
+
+def test_the_tests_send_text_and_a_picture() -> None:
+    found = rendered()
+    pods = {key: thing for key, thing in found.items() if thing["kind"] == "Pod"}
+    assert set(pods) == {f"Pod/{NAME}-test-text", f"Pod/{NAME}-test-image"}
+    for key, pod in pods.items():
+        assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+        assert pod["spec"]["restartPolicy"] == "Never"
+        words = pod["spec"]["containers"][0]["args"]
+        assert words[:3] == ["generate", "--endpoint", f"{NAME}-gateway.{NAMESPACE}.svc:8000"]
+        assert ("--image" in words) == key.endswith("image")
+    assert not [key for key in rendered("tests.enabled=false") if key.startswith("Pod/")]
+
+
+def test_tracing_reaches_every_process() -> None:
+    found = rendered(values=EXAMPLE["tls-auth"])
+    for component in workloads(found):
+        variables = environment(container(found, component))
+        assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"].startswith("http://otel-collector")
+        assert "k8s.pod.name=$(POD_NAME)" in variables["OTEL_RESOURCE_ATTRIBUTES"]
+    assert not any("OTEL" in key for key in environment(container(rendered(), "decoder")))
+
+
+@pytest.mark.parametrize(
+    ("sets", "image"),
+    [
+        ((), "chiasm:0.1.0"),
+        (('image.tag="2.0"',), "chiasm:2.0"),
+        (('decoder.image.tag="cuda"',), "chiasm:cuda"),
+        (('global.imageRegistry="reg:5000/t/"', 'image.repository="c"'), "reg:5000/t/c:0.1.0"),
+        ((f'image.digest="sha256:{"b" * 64}"',), f"chiasm@sha256:{'b' * 64}"),
+    ],
+)
+def test_images(sets: tuple[str, ...], image: str) -> None:
+    assert container(rendered(*sets), "decoder")["image"] == image
