@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
-SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard protos/chiasm/v1/*.proto)
+SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard protos/*/*.proto protos/*/*/*.proto)
 
 .PHONY: help demo test lint format protos bench clean
 

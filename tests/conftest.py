@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from chiasm.model.synth import synthesize
@@ -33,6 +35,13 @@ for _schema in (
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """A command that ran in this process leaves no logger behind that writes to its streams."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

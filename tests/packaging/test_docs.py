@@ -17,6 +17,7 @@ from settings_tables import CLASSES, DOCUMENT, table, with_tables
 
 from chiasm.config import ProcessSettings
 from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.model.moe import Partial, combine
 from chiasm.transport import tensors
 from chiasm.types import shard_experts
@@ -158,8 +159,8 @@ def example() -> dict[str, Any]:
 def shard_weights(experts: list[dict[str, Any]], held: range) -> ShardWeights:
     return ShardWeights(
         first=held.start,
-        gate_up=torch.tensor([experts[e]["gate"] + experts[e]["up"] for e in held]),
-        down=torch.tensor([experts[e]["down"] for e in held]),
+        gate_up=DenseMatrices(torch.tensor([experts[e]["gate"] + experts[e]["up"] for e in held])),
+        down=DenseMatrices(torch.tensor([experts[e]["down"] for e in held])),
     )
 
 

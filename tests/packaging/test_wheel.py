@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CPP = (".cpp", ".h")
 LINKED = sorted(path.name for path in (ROOT / "src/chiasm").iterdir() if path.is_symlink())
 """Folders of the repository that are packages below chiasm."""
 
@@ -101,7 +102,7 @@ def stubs() -> set[str]:
     """What the build makes of protos/."""
     return {
         f"chiasm/v1/{proto.stem}_pb2{suffix}"
-        for proto in (ROOT / "protos/chiasm/v1").glob("*.proto")
+        for proto in (ROOT / "protos").rglob("*.proto")
         for suffix in (".py", ".pyi", "_grpc.py")
     }
 
@@ -116,7 +117,11 @@ def test_modules_are_those_of_the_tree_and_the_stubs(names: set[str]) -> None:
 def test_data_files_are_there(names: set[str]) -> None:
     assets = {f"chiasm/assets/{path.name}" for path in (ROOT / "src/chiasm/assets").iterdir()}
     assert assets
-    assert {"chiasm/py.typed", *assets, *stubs()} <= names
+    native = ROOT / "kernels/native"
+    sources = {f"chiasm/kernels/native/{p.name}" for p in native.iterdir() if p.suffix in CPP}
+    assert sources
+    table = "chiasm/kernels/quant/tcq2_table.json"
+    assert {"chiasm/py.typed", table, *assets, *sources, *stubs()} <= names
 
 
 def test_nothing_else_is_there(names: set[str]) -> None:
