@@ -9,7 +9,7 @@ result depends on the rows of its own run alone, never on the other runs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,11 @@ from chiasm.kernels.quant.formats import (
 )
 from chiasm.kernels.quant.hadamard import RotatedMatrices, rotate
 
-MAX_FUSED_ROWS = 32
+MAX_FUSED_ROWS: Mapping[type[ExpertMatrices], int] = {
+    Int8Matrices: 48,
+    Int4Matrices: 24,
+    Tcq2Matrices: 48,
+}
 """Of a run: with more, to widen the matrix costs less than to read its codes for every few rows."""
 
 MAX_DENSE_ROWS = 4
@@ -96,7 +100,7 @@ def _most_rows(matrices: ExpertMatrices, x: torch.Tensor) -> int:
     if isinstance(matrices, DenseMatrices):
         is_plain = matrices.weight.dtype is x.dtype and matrices.weight.is_contiguous()
         return MAX_DENSE_ROWS if is_plain and native.has_bfloat16() else 0
-    return MAX_FUSED_ROWS if _stack(matrices) is not None else 0
+    return MAX_FUSED_ROWS[type(matrices)] if _stack(matrices) is not None else 0
 
 
 def _multiply(
