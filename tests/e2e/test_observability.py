@@ -304,7 +304,7 @@ def test_metrics_are_well_formed(observed: Observed) -> None:
     units = ("_seconds", "_bytes", "_tokens", "_patches", "_requests", "_dispatches", "_shards")
     units += ("_replicas",)
     plain = {"chiasm_members", "chiasm_topology_version", "chiasm_pool_shards_missing"}
-    plain |= {"chiasm_requests_in_flight", "chiasm_orchestrator_leads"}
+    plain |= {"chiasm_requests_in_flight", "chiasm_orchestrator_leads", "chiasm_placement_epoch"}
     labels = {"method", "outcome", "modality", "expert", "reason", "kind", "phase", "split", "le"}
     labels |= {"shard", "way", "pool"}
     for service, families in observed.scrape().items():

@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,15 @@ class ControlPlane:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def kill_apiserver(self) -> None:
-        """SIGKILL to the API server; returns when it is gone."""
+    @contextmanager
+    def without_apiserver(self) -> Iterator[None]:
+        """Kills the API server for the time of the block; returns when a new one is ready."""
         self._processes["kube-apiserver"].kill()
         self._processes["kube-apiserver"].wait()
-
-    def start_apiserver(self) -> None:
-        """Starts the API server and waits until it is ready; call it from the main thread."""
-        self._run("kube-apiserver", *self._apiserver_flags())
-        wait_until(self._is_ready, "the API server is ready")
+        try:
+            yield
+        finally:
+            self._start_apiserver()
 
     def api(self, **impersonated: str) -> client.ApiClient:
         """A client with all rights, or with those of the user named by `user=`."""
@@ -115,7 +116,7 @@ class ControlPlane:
             f"--initial-cluster=default={peer_url}",
             "--unsafe-no-fsync",
         )
-        self.start_apiserver()
+        self._start_apiserver()
         self.kubeconfig_for(self._token, self.kubeconfig)
         common = [f"--kubeconfig={self.kubeconfig}", "--bind-address=127.0.0.1", "--port=0"]
         common.append("--leader-elect=false")
@@ -133,6 +134,10 @@ class ControlPlane:
             lambda: accounts.list_namespaced_service_account("default").items,
             "the controllers run",
         )
+
+    def _start_apiserver(self) -> None:
+        self._run("kube-apiserver", *self._apiserver_flags())
+        wait_until(self._is_ready, "the API server is ready")
 
     @property
     def _ca(self) -> Path:

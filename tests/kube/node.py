@@ -36,6 +36,9 @@ PROBE_TIMEOUT_S = 2.0
 FAILURES = 3
 """Probes in a row that a ready pod must fail to be ready no more, as with the kubelet."""
 
+REMOVE_TIMEOUT_S = 60.0
+"""How long the API server may be away while a pod that has ended is to be removed."""
+
 RESTART_S = 0.5
 """Pause before a process that died is started again; the kubelet would double it each time."""
 
@@ -336,7 +339,8 @@ class Pod(threading.Thread):
         self._told = told
 
     def _remove(self) -> None:
-        while True:
+        end = time.monotonic() + REMOVE_TIMEOUT_S
+        while time.monotonic() < end:
             try:
                 self._node.core.delete_namespaced_pod(
                     self.pod_name, self._node.namespace, grace_period_seconds=0, _request_timeout=5

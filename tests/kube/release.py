@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import urllib.request
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ class Release:
         self._apps = client.AppsV1Api(control_plane.api())
         self._leases = client.CoordinationV1Api(control_plane.api())
 
-    @property
+    # Looked up once: services keep their addresses, and the API server may be away.
+    @cached_property
     def endpoint(self) -> str:
         """host:port of the gateway."""
         return self._service("gateway")
 
-    @property
+    @cached_property
     def orchestrator(self) -> str:
         """host:port of the orchestrators."""
         return self._service("orchestrator")
