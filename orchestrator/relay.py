@@ -57,9 +57,7 @@ class Relay(Interceptor):
         async def forward(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             leader = self._leader()
             if is_relayed or not leader:
-                raise errors.Unavailable(
-                    "there is no leader", reason="NO_LEADER", retry_after_s=RETRY_AFTER_S
-                )
+                raise _no_leader("there is no leader")
             call = (await self._to(leader)).stream_stream(details.method, None, None)(
                 requests, timeout=context.time_remaining(), metadata=metadata
             )
@@ -67,7 +65,10 @@ class Relay(Interceptor):
                 async for answer in call:
                     yield answer
             except grpc.aio.AioRpcError as error:
-                raise status.from_rpc_error(error) from None
+                if status.has_details(error):
+                    raise status.from_rpc_error(error) from None
+                # Not the leader's word, but grpc's: that it has gone, in one of several ways.
+                raise _no_leader("the leader does not answer") from None
             finally:
                 call.cancel()
 
@@ -86,3 +87,7 @@ class Relay(Interceptor):
             if old is not None:
                 await old.close(None)
         return self._channel
+
+
+def _no_leader(message: str) -> errors.Unavailable:
+    return errors.Unavailable(message, reason="NO_LEADER", retry_after_s=RETRY_AFTER_S)

@@ -135,6 +135,15 @@ async def test_without_a_leader_calls_are_refused_for_now(start: Start, known: s
         assert refused.retry_after_s
 
 
+async def test_a_leader_that_is_away_is_no_leader(start: Start) -> None:
+    leader = await start("first", leads=True)
+    follower = await start("second", leader=leader.address)
+    await leader.server.grpc.stop(0)
+    refused = await refusal(follower, member_to_proto(info("m")))
+    assert isinstance(refused, errors.Unavailable)
+    assert refused.reason == "NO_LEADER"
+
+
 async def test_followers_are_healthy_and_describe_themselves(start: Start) -> None:
     follower = await start("first")
     async with grpc.aio.insecure_channel(follower.address) as channel:

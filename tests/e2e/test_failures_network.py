@@ -130,7 +130,10 @@ def test_a_server_is_far_away(
         assert_same(start(stack, TEXT, BRIEF).result(), expected)
         before = stack.metrics("decoder")
         stack.add("text-pool-0")
-        for _ in range(2):
+
+        def is_near_used() -> bool:
             assert_same(start(stack, TEXT, BRIEF).result(), expected)
-        wait_until(lambda: stack.metrics("decoder")[LANE] > before[LANE], "the near one is used")
+            return stack.metrics("decoder")[LANE] > before[LANE]
+
+        wait_until(is_near_used, "the near one is used")
         assert stack.member(name) is not None

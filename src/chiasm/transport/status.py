@@ -63,6 +63,11 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ChiasmError:
     )
 
 
+def has_details(error: grpc.RpcError) -> bool:
+    """Whether a handler has said what went wrong; otherwise it was grpc itself."""
+    return bool(_details(error))
+
+
 def _details(error: grpc.RpcError) -> list[any_pb2.Any]:
     trailing = cast("tuple[tuple[str, bytes], ...]", error.trailing_metadata() or ())
     for key, value in trailing:
