@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from benchmarks import (
     attention,
     decode_cost,
+    documents,
     elasticity,
     experts,
     micro_batches,
@@ -36,7 +36,6 @@ CASES = {
     "experts": experts.run,
     "elasticity": elasticity.run,
 }
-RESULTS = Path(__file__).parent / "results"
 
 
 def report(line: str) -> None:
@@ -54,7 +53,6 @@ def main() -> None:
     names = options.names or list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         sys.exit(f"unknown: {', '.join(unknown)}; there are {', '.join(CASES)}")
-    RESULTS.mkdir(exist_ok=True)
     report(json.dumps(machine.describe()))
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or Path(scratch) / "tiny"
@@ -64,13 +62,9 @@ def main() -> None:
             report(
                 f"== {name}: {(sys.modules[CASES[name].__module__].__doc__ or '').splitlines()[0]}"
             )
-            result = {
-                "machine": machine.describe(),
-                "load_average": os.getloadavg(),  # before: whether the machine was quiet
-                "model": model.name,
-                "result": CASES[name](model, report),
-            }
-            (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            with documents.measuring(name) as found:
+                found["model"] = model.name
+                found["result"] = CASES[name](model, report)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.__main__ import RESULTS
-from chiasm.bench import machine
+from benchmarks import documents
 from chiasm.training import presets
 from chiasm.training.data.encode import Encoder
 from chiasm.training.losses import orthogonality
@@ -48,12 +47,12 @@ def main() -> None:
     options = parser.parse_args()
     variants = (None, *presets.ABLATIONS)
     runs = [(v, seed) for seed in range(options.seeds) for v in variants]
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        found = list(pool.map(_run, [options.out] * len(runs), *zip(*runs, strict=True)))
-    table, rows = summary(found)
+    with documents.measuring("ablations") as document:
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            found = list(pool.map(_run, [options.out] * len(runs), *zip(*runs, strict=True)))
+        table, rows = summary(found)
+        document["result"] = {"runs": found, "summary": rows}
     Console(width=110).print(table)
-    result = {"machine": machine.describe(), "result": {"runs": found, "summary": rows}}
-    (RESULTS / "ablations.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _run(out: Path, variant: str | None, seed: int) -> dict[str, Any]:

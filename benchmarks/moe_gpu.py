@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import documents
 from chiasm.bench import machine
 from chiasm.kernels.moe import ShardWeights, configs, launch
 from chiasm.kernels.moe.configs import Problem, Tile
@@ -43,7 +44,6 @@ TOKENS_PER_EXPERT = (1, 16, 32, 64, 128, 512)
 
 WARM_UPS, REPEATS = 3, 20
 COPY_BYTES = 1 << 30
-RESULTS = Path(__file__).parent / "results" / "moe_gpu.json"
 
 Timer = Callable[[Callable[[], object]], float]
 """Seconds that a piece of work takes on the GPU."""
@@ -248,8 +248,8 @@ def main() -> None:
     with torch.inference_mode():
         if tunes:
             _say(f"wrote {tune_all(_say)}")
-        result = {"machine": machine.describe(), "result": compare(_say)}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        with documents.measuring("moe_gpu") as document:
+            document["result"] = compare(_say)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.__main__ import RESULTS
-from chiasm.bench import machine
+from benchmarks import documents
 from chiasm.bench import report as bench_report
 from chiasm.bench.experiment import Experiment, connector
 from chiasm.bench.options import BenchOptions
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, required=True, help="the vllm program")
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoints")
     options = parser.parse_args()
-    with contextlib.ExitStack() as running:
+    with documents.measuring("vllm_cpu") as document, contextlib.ExitStack() as running:
         work = options.work or Path(running.enter_context(tempfile.TemporaryDirectory()))
         model, twin = checkpoints(work)
         endpoints = {"vllm": running.enter_context(vllm(options.vllm, twin))}
@@ -71,10 +70,8 @@ def main() -> None:
             {"compare": [f"{name}={where}" for name, where in endpoints.items()], **SETTINGS}
         )
         outcome = asyncio.run(Experiment(bench, connector(bench)).run())
-    console = Console(width=bench_report.WIDTH)
-    console.print(bench_report.tables(outcome))
-    result = {"machine": machine.describe(), "result": bench_report.document(bench, outcome)}
-    (RESULTS / "vllm_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        document["result"] = bench_report.document(bench, outcome)
+    Console(width=bench_report.WIDTH).print(bench_report.tables(outcome))
 
 
 def checkpoints(work: Path) -> tuple[Path, Path]:

@@ -106,16 +106,7 @@ class ServedExperts:
     banks: dict[Modality, ExpertBank]
 
     def begin(self, dispatch: Dispatch) -> ServedAnswer:
-        bank = self.banks[dispatch.modality]
-        return ServedAnswer(
-            bank.partials(
-                dispatch.layer,
-                bank.shards,
-                dispatch.hidden,
-                dispatch.expert_ids,
-                dispatch.expert_weights,
-            )
-        )
+        return ServedAnswer(self.banks[dispatch.modality].answer(dispatch))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import documents
 from benchmarks.elasticity import plots
 from benchmarks.elasticity.compare import SECONDS, compare
 from benchmarks.elasticity.rates import read
 from benchmarks.elasticity.traces import scenarios
 
 RATES = Path(__file__).parent / "rates.json"
-FIGURES = Path(__file__).parents[1] / "results"
 SEED = 0
 
 
@@ -25,7 +25,9 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     rates, found = read(RATES), {}
     for scenario in scenarios(SECONDS, SEED):
         runs = compare(scenario, rates, SEED)
-        plots.draw(scenario, runs, FIGURES / f"elasticity-{scenario.name.replace(' ', '-')}.png")
+        plots.draw(
+            scenario, runs, documents.FOLDER / f"elasticity-{scenario.name.replace(' ', '-')}.png"
+        )
         found[scenario.name] = {name: run.summary() for name, run in runs.items()}
         for name, run in runs.items():
             numbers = ", ".join(f"{what} {value:g}" for what, value in run.summary().items())

@@ -23,6 +23,7 @@ from chiasm.kernels.attention import cpu, launch, reference
 from chiasm.kernels.attention import metadata as layout
 from chiasm.kernels.attention.metadata import Metadata
 from chiasm.kernels.attention.segment import Segment
+from chiasm.kernels.device import is_triton
 
 __all__ = ["Metadata", "Segment", "paged_attention", "prepare"]
 
@@ -32,7 +33,7 @@ def prepare(segments: Sequence[Segment], device: torch.device, *, group: int) ->
 
     group: query heads per kv head.
     """
-    return layout.prepare(segments, device, group=group) if _is_triton(device) else None
+    return layout.prepare(segments, device, group=group) if is_triton(device) else None
 
 
 def paged_attention(
@@ -51,11 +52,7 @@ def paged_attention(
     """
     if query.device.type == "cpu":
         return cpu.paged_attention(query, key, value, cache, segments)
-    if _is_triton(query.device):
+    if is_triton(query.device):
         with torch.cuda.device(query.device):  # triton launches on the current device
             return launch.paged_attention(query, key, value, cache, segments, metadata)
     return reference.paged_attention(query, key, value, cache, segments)
-
-
-def _is_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and launch.is_available()

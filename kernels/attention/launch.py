@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -19,12 +17,6 @@ KEY_BLOCK_BYTES = 16 << 10
 """Of keys, and of values, that a program holds at a time, per pipeline stage."""
 
 NUM_STAGES = 2
-
-
-@functools.cache
-def is_available() -> bool:
-    """Whether triton is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def paged_attention(

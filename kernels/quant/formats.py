@@ -11,8 +11,9 @@ and there are ceil(K / GROUP) of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -72,11 +73,13 @@ class DenseMatrices:
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Matrices:
-    """w = codes * scale. codes: int8 [E, N, K]; scale: float32 [E, N]."""
+class CodedMatrices(ABC):
+    """What stacks of codes have in common. codes: [E, N, K / PER_CODE]; a subclass adds scales."""
+
+    PER_CODE: ClassVar[int]
+    """Weights along K to a code."""
 
     codes: torch.Tensor
-    scale: torch.Tensor
 
     @property
     def num_experts(self) -> int:
@@ -84,42 +87,48 @@ class Int8Matrices:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape[1], self.codes.shape[2]
+        return self.codes.shape[1], self.PER_CODE * self.codes.shape[2]
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    @abstractmethod
+    def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One matrix, [N, K]."""
+
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return F.linear(x, self.dequantize(expert, x.dtype))
+        from chiasm.kernels.quant import cpu  # which is built on this module
+
+        return cpu.linear(self, x, expert)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Matrices(CodedMatrices):
+    """w = codes * scale. codes: int8 [E, N, K]; scale: float32 [E, N]."""
+
+    PER_CODE: ClassVar[int] = 1
+
+    scale: torch.Tensor
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         return (self.codes[expert].float() * self.scale[expert, :, None]).to(dtype)
 
-    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return _linear(self, x, expert)
-
 
 @dataclass(frozen=True, slots=True)
-class Int4Matrices:
+class Int4Matrices(CodedMatrices):
     """w = (q - 8) * scale + zero, q in 0..15, scale and zero of its group.
 
     codes: uint8 [E, N, K/2], the even k in the low nibble; scale, zero: bfloat16
     [E, N, ceil(K / GROUP)].
     """
 
-    codes: torch.Tensor
+    PER_CODE: ClassVar[int] = 2
+
     scale: torch.Tensor
     zero: torch.Tensor
-
-    @property
-    def num_experts(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[1], 2 * self.codes.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         codes = self.codes[expert]
@@ -127,12 +136,9 @@ class Int4Matrices:
         scale, zero = (per_weight(t[expert].float(), q.shape[-1]) for t in (self.scale, self.zero))
         return ((q.float() - 8) * scale + zero).to(dtype)
 
-    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return _linear(self, x, expert)
-
 
 @dataclass(frozen=True, slots=True)
-class Tcq2Matrices:
+class Tcq2Matrices(CodedMatrices):
     """w = (table[state] * local) * row: the product of integers, then one multiplication.
 
     The state of weight k = 4i + j is 8 bits of the row's bytes, read as one big-endian number with
@@ -142,22 +148,11 @@ class Tcq2Matrices:
     table: int8 [256].
     """
 
-    codes: torch.Tensor
+    PER_CODE: ClassVar[int] = 4
+
     local: torch.Tensor
     row: torch.Tensor
     table: torch.Tensor
-
-    @property
-    def num_experts(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[1], 4 * self.codes.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.codes, self.local, self.row, self.table))
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         codes = self.codes[expert].int()  # [N, K/4]
@@ -166,17 +161,6 @@ class Tcq2Matrices:
         level = self.table.int()[states]  # [N, K]
         local = per_weight(self.local[expert].int(), level.shape[-1])
         return ((level * local).float() * self.row[expert, :, None]).to(dtype)
-
-    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return _linear(self, x, expert)
-
-
-def _linear(matrices: ExpertMatrices, x: torch.Tensor, expert: int) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return F.linear(x, matrices.dequantize(expert, x.dtype))
-    from chiasm.kernels.quant import cpu  # which is built on this module
-
-    return cpu.linear(matrices, x, expert)
 
 
 def num_groups(k: int) -> int:

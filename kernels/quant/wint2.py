@@ -7,9 +7,11 @@ overlapping windows of 6 bits are the weights. Source: FastDeploy, `wint2x_unzip
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
+
+from chiasm.kernels.quant.formats import CodedMatrices
 
 GROUP = 64
 """Weights along K that share a local scale of 4 bits."""
@@ -19,31 +21,19 @@ _WINDOW, _MIDDLE = 63, 32
 
 
 @dataclass(frozen=True, slots=True)
-class Wint2Matrices:
+class Wint2Matrices(CodedMatrices):
     """Stored with K first on disk, here with N first, as all stacks.
 
     codes: uint8 [E, N, K/4]; local: uint8 [E, N, K/128], the even group of 64 in the high nibble;
     code_scale, code_zp: float32 [E, N]; super_scale: float [E, N].
     """
 
-    codes: torch.Tensor
+    PER_CODE: ClassVar[int] = 4
+
     local: torch.Tensor
     code_scale: torch.Tensor
     code_zp: torch.Tensor
     super_scale: torch.Tensor
-
-    @property
-    def num_experts(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[1], 4 * self.codes.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.codes, self.local, self.code_scale, self.code_zp, self.super_scale)
-        return sum(tensor.nbytes for tensor in tensors)
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """[N, K]: window * local scale is a whole number; times super_scale it is rounded once."""
@@ -54,6 +44,3 @@ class Wint2Matrices:
         nibbles = torch.stack([local >> 4, local & 15], dim=-1).flatten(-2)  # [N, K/64]
         whole = windows.flatten(-2) * nibbles.repeat_interleave(GROUP, dim=-1)
         return (whole.float() * self.super_scale[expert].float()[:, None]).to(dtype)
-
-    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return F.linear(x, self.dequantize(expert, x.dtype))

@@ -94,8 +94,6 @@ class LocalPool:
     def begin(self, dispatch: Dispatch) -> Future[list[Partial]]:
         return self._thread.submit(self._run, dispatch)
 
-    def _run(self, d: Dispatch) -> list[Partial]:
+    def _run(self, dispatch: Dispatch) -> list[Partial]:
         with torch.inference_mode():
-            return self._bank.partials(
-                d.layer, self._bank.shards, d.hidden, d.expert_ids, d.expert_weights
-            )
+            return self._bank.answer(dispatch)

@@ -6,16 +6,12 @@ other thread first.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import selectors
 import threading
 from collections import deque
-from collections.abc import Callable
 
 import structlog
 
-Job = Callable[[], None]
+from chiasm.transport.wakeup import Handler, Wakeup
 
 log = structlog.get_logger()
 
@@ -24,12 +20,10 @@ class Worker:
     """One thread. `watch` may be called before `start`, and by jobs and handlers after it."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[Handler] = deque()
         self._is_running = False
         self._is_closed = False
-        self._selector = selectors.DefaultSelector()
-        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
+        self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -41,29 +35,28 @@ class Worker:
         """Begins to work."""
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Handler) -> None:
         """Queues a job, which must not raise; from any thread."""
         self._jobs.append(job)
         if threading.get_ident() != self._thread.ident:
-            self._wake()
+            self._wakeup.wake()
 
-    def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
+    def watch(self, descriptor: int, on_readable: Handler) -> None:
         """Calls the handler on the compute thread whenever the descriptor can be read."""
-        self._selector.register(descriptor, selectors.EVENT_READ, on_readable)
+        self._wakeup.watch(descriptor, on_readable)
 
     def unwatch(self, descriptor: int) -> None:
         """Ends a watch, before the descriptor is closed."""
-        self._selector.unregister(descriptor)
+        self._wakeup.unwatch(descriptor)
 
     def close(self) -> None:
         """Ends the thread after the job it is at; what is queued is dropped."""
         self._is_closed = True
-        self._wake()
+        self._wakeup.wake()
 
     def _run(self) -> None:
         while not self._is_closed:
-            for key, _ in self._selector.select(0 if self._jobs else None):
-                key.data()
+            self._wakeup.wait(0 if self._jobs else None)
             if self._jobs and not self._is_closed:
                 self._is_running = True
                 try:
@@ -73,10 +66,3 @@ class Worker:
                     log.exception("job_failed")
                 finally:
                     self._is_running = False
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups
-            os.write(self._wake_out, b"\0")
-
-    def _woken(self) -> None:
-        os.read(self._wake_in, 4096)

@@ -19,6 +19,7 @@ import structlog
 from chiasm import errors
 from chiasm.transport import status
 from chiasm.transport.interceptors import Interceptor
+from chiasm.transport.stamps import stamp
 
 HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."
 KEYLESS: dict[str, tuple[str, ...]] = {
@@ -39,7 +40,7 @@ class ApiKeys:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._stamp = _stamp(path)
+            self._seen = stamp(path)
             self._digests = _read(path)
         except OSError as error:
             raise errors.InvalidArgument("api-keys", f"{path}: {error.strerror}") from None
@@ -54,10 +55,10 @@ class ApiKeys:
     def _follow(self) -> None:
         """Reads a changed file again; one that cannot be used leaves the old keys in force."""
         try:
-            stamp = _stamp(self._path)
-            if stamp == self._stamp:
+            found = stamp(self._path)
+            if found == self._seen:
                 return
-            self._stamp, self._digests = stamp, _read(self._path)
+            self._seen, self._digests = found, _read(self._path)
         except (OSError, errors.InvalidArgument) as error:
             log.warning("api_keys_not_read", error=str(error))
             return
@@ -128,8 +129,3 @@ def _read(path: Path) -> tuple[bytes, ...]:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_mtime_ns, state.st_ino

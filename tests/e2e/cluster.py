@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from chiasm.child import Child
 from chiasm.client import Client, Delta, Prompt, Result, Sampling
 from chiasm.client.assembly import Assembler
 from chiasm.local import LocalStack, StackConfig
@@ -194,6 +195,11 @@ def cluster(config: StackConfig) -> Iterator[Cluster]:
         children = dict(stack.children)
     finally:
         stack.stop()
+    assert_ended_well(stack, children)
+
+
+def assert_ended_well(stack: Cluster, children: dict[str, Child]) -> None:
+    """Every process that nobody killed has ended by itself, without a defect in any log."""
     codes = {name: c.exit_code for name, c in children.items() if name not in stack.ended}
     assert codes == dict.fromkeys(codes, 0)
     assert defects(stack.log_dir) == []

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from e2e.cluster import Cluster, defects, wait_until
+from e2e.cluster import Cluster, assert_ended_well, wait_until
 
 from chiasm.local import StackConfig
 from chiasm.membership import MemberInfo, Role
@@ -111,6 +111,4 @@ def scaled(
             children = dict(stack.children)
         finally:
             stack.stop()
-    codes = {name: c.exit_code for name, c in children.items() if name not in stack.ended}
-    assert codes == dict.fromkeys(codes, 0)
-    assert defects(stack.log_dir) == []
+    assert_ended_well(stack, children)

@@ -40,25 +40,6 @@ HALF = ARENA_BYTES // 2
 pytestmark = pytest.mark.skipif(not lane.is_supported(), reason="lanes need Linux")
 
 
-@pytest.fixture(scope="module")
-def config(tiny_checkpoint: Path) -> ModelConfig:
-    return ModelConfig.load(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path) -> Iterator[ServiceProcess]:
-    flags = ("--model", str(tiny_checkpoint), "--modality", "text", "--dtype", "float32")
-    with running(MODULE, *flags, "--shards", "1,3/4") as process:
-        yield process
-
-
-@pytest.fixture
-def stub(server: ServiceProcess) -> Iterator[Stub]:
-    with grpc.insecure_channel(server.address) as channel:
-        await_serving(channel)
-        yield Stub(channel)
-
-
 class Lane:
     """A peer's end, made by hand."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import grpc
@@ -26,26 +26,6 @@ LAYER = 2
 TOLERANCE = 1e-5
 
 Stub = experts_pb2_grpc.ExpertPoolStub
-
-
-@pytest.fixture(scope="module")
-def config(tiny_checkpoint: Path) -> ModelConfig:
-    return ModelConfig.load(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path) -> Iterator[ServiceProcess]:
-    """Text shards 1 and 3 of 4, float32."""
-    flags = ("--model", str(tiny_checkpoint), "--modality", "text", "--dtype", "float32")
-    with running(MODULE, *flags, "--shards", "1,3/4") as process:
-        yield process
-
-
-@pytest.fixture
-def stub(server: ServiceProcess) -> Iterator[Stub]:
-    with grpc.insecure_channel(server.address) as channel:
-        await_serving(channel)
-        yield Stub(channel)
 
 
 def await_serving(channel: grpc.Channel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from quant.matrices import FORMATS
@@ -21,7 +23,7 @@ def shard(name: str, experts: range) -> ShardWeights:
         whole = FORMATS[name](EXPERTS, *shape, seed=seed)
         held = [
             tensor[experts.start : experts.stop].contiguous() if tensor.dim() > 1 else tensor
-            for tensor in (getattr(whole, field) for field in type(whole).__slots__)
+            for tensor in (getattr(whole, field.name) for field in dataclasses.fields(whole))
         ]
         stacks.append(type(whole)(*held))
     return ShardWeights(first=experts.start, gate_up=stacks[0], down=stacks[1])

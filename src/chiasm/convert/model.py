@@ -39,16 +39,7 @@ class _Experts:
 
     def begin(self, dispatch: Dispatch) -> _Answer:
         self._on_dispatch(dispatch)
-        bank = self._banks[dispatch.modality]
-        return _Answer(
-            bank.partials(
-                dispatch.layer,
-                bank.shards,
-                dispatch.hidden,
-                dispatch.expert_ids,
-                dispatch.expert_weights,
-            )
-        )
+        return _Answer(self._banks[dispatch.modality].answer(dispatch))
 
 
 class WholeModel:

@@ -157,14 +157,7 @@ def tensor_names(bank: Bank, expert: int, projection: str) -> dict[str, str]:
 
 def _bank(config: ModelConfig, quantization: Quantization, layer: int, modality: Modality) -> Bank:
     form = quantization.of(layer, modality)
-    bank = Bank(
-        config=config,
-        layer=layer,
-        modality=modality,
-        format=form,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    bank = Bank.to_encode(config, layer, modality, form)
     for projection in (GATE_UP, DOWN):
         _, k = bank.shape(projection)
         check_width(form.precision, k, f"{modality} experts' {projection}")

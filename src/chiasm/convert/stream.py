@@ -38,6 +38,7 @@ from chiasm.model.expert_weights import DOWN, GATE_UP, TABLE_KEY
 from chiasm.model.manifest import FileEntry, Manifest
 from chiasm.model.quantization import BAIDU_KEY, KEY
 from chiasm.model.stream import SafetensorsStream
+from chiasm.model.writer import write_json
 from chiasm.types import Modality
 
 INDEX = "model.safetensors.index.json"
@@ -175,7 +176,7 @@ def _finish(plan: Plan, out: Path) -> None:
     _replace(out / "config.json", config)
 
 
-def _replace(path: Path, document: object) -> None:
+def _replace(path: Path, document: dict[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(partial, document)
     partial.replace(path)

@@ -83,6 +83,20 @@ class Bank:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def to_encode(
+        cls, config: ModelConfig, layer: int, modality: Modality, form: ExpertFormat
+    ) -> Bank:
+        """A bank that is to be written: encoded on the CPU, from float32."""
+        return cls(
+            config=config,
+            layer=layer,
+            modality=modality,
+            format=form,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+
     def shape(self, projection: str) -> tuple[int, int]:
         """(N, K) of GATE_UP or DOWN."""
         text = self.config.text

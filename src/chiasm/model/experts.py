@@ -12,7 +12,7 @@ from chiasm.kernels.moe import ShardWeights, shard_partial
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.expert_weights import Bank, read_experts
-from chiasm.model.moe import Partial
+from chiasm.model.moe import Dispatch, Partial
 from chiasm.types import Modality, shard_experts
 
 
@@ -103,6 +103,16 @@ class ExpertBank:
             rows, values = shard_partial(hidden, expert_ids, expert_weights, layers[layer])
             found.append(Partial(shard=shard, rows=rows, values=values))
         return found
+
+    def answer(self, dispatch: Dispatch) -> list[Partial]:
+        """The partials of every shard that is loaded."""
+        return self.partials(
+            dispatch.layer,
+            self.shards,
+            dispatch.hidden,
+            dispatch.expert_ids,
+            dispatch.expert_weights,
+        )
 
     def _read(self, checkpoint: Checkpoint, layer: int, shard: int) -> ShardWeights:
         experts = shard_experts(shard, self.num_shards, self.config.text.num_experts)

@@ -21,7 +21,14 @@ from chiasm.model.config import ModelConfig
 from chiasm.model.quantization import STORED, WRITTEN
 from chiasm.model.shapes import Shape
 from chiasm.model.synth_experts import uniform, write_experts
-from chiasm.model.writer import DTYPES, FP32_SUFFIXES, Dimensions, write_description, write_weights
+from chiasm.model.writer import (
+    DTYPES,
+    FP32_SUFFIXES,
+    Dimensions,
+    write_description,
+    write_json,
+    write_weights,
+)
 
 # Chosen so that greedy answers wander over many words with clear margins, while float32 noise stays
 # near 1e-5 of a logit: sharper attention makes livelier answers and less certain arithmetic.
@@ -127,7 +134,7 @@ def _in_low_precision(directory: Path, config: ModelConfig, precision: str) -> M
     file = directory / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     values[quantization.KEY] = uniform(config, precision).block()
-    file.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(file, values)
     return ModelConfig.load(directory)
 
 

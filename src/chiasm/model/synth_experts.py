@@ -56,14 +56,7 @@ def write_experts(
     """
     weight_map: dict[str, str] = {}
     for (layer, modality), form in config.quantization.formats.items():
-        bank = Bank(
-            config=config,
-            layer=layer,
-            modality=modality,
-            format=form,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
+        bank = Bank.to_encode(config, layer, modality, form)
         file = f"experts-{layer:03d}-{modality}.safetensors"
         weight_map |= dict.fromkeys(_write_bank(directory / file, bank, seed, gain), file)
     if config.quantization.table_sha256:

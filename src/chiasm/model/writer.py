@@ -63,9 +63,9 @@ def write_description(
     synth_tokenizer.write_tokenizer(
         tokenizer, directory, model_max_length=dimensions.max_position_embeddings
     )
-    _write_json(directory / "config.json", _config(dimensions, tokenizer, dtype))
-    _write_json(directory / "generation_config.json", _generation_config(tokenizer))
-    _write_json(directory / "preprocessor_config.json", _preprocessor_config(dimensions))
+    write_json(directory / "config.json", _config(dimensions, tokenizer, dtype))
+    write_json(directory / "generation_config.json", _generation_config(tokenizer))
+    write_json(directory / "preprocessor_config.json", _preprocessor_config(dimensions))
     return ModelConfig.load(directory)
 
 
@@ -102,7 +102,7 @@ def write_weights(
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1 or written:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _config(dimensions: Dimensions, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
@@ -203,5 +203,6 @@ def _cut(shapes: dict[str, Shape], dtype: torch.dtype, shard_bytes: int) -> Iter
         yield names
 
 
-def _write_json(file: Path, value: dict[str, Any]) -> None:
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """As all JSON of a checkpoint is written: readable, with a line end."""
     file.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

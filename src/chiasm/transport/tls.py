@@ -15,6 +15,7 @@ import grpc
 import structlog
 
 from chiasm import errors
+from chiasm.transport.stamps import Stamp, stamp
 from chiasm.types import TlsFiles
 
 log = structlog.get_logger()
@@ -101,8 +102,8 @@ class _Renewals:
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """The new certificate, or None where the one in use still holds."""
         try:
-            stamp = self._stamp()
-            if stamp == self._seen:
+            found = self._stamp()
+            if found == self._seen:
                 return None
             check(self._files)
             renewed = _server_configuration(self._files)
@@ -110,14 +111,13 @@ class _Renewals:
             # Half written, or gone: whoever renews it is not done.
             log.warning("certificate_not_renewed", error=str(error))
             return None
-        self._seen = stamp
+        self._seen = found
         log.info("certificate_renewed", path=str(self._files.cert))
         return renewed
 
-    def _stamp(self) -> tuple[tuple[int, int], ...]:
+    def _stamp(self) -> Stamp:
         paths = (self._files.cert, self._files.key, self._files.ca)
-        states = [path.stat() for path in paths if path is not None]
-        return tuple((state.st_mtime_ns, state.st_ino) for state in states)
+        return stamp(*(path for path in paths if path is not None))
 
 
 def _server_configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
