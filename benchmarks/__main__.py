@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import (
     attention,
+    codecs,
     decode_cost,
     documents,
     elasticity,
@@ -33,6 +34,7 @@ CASES = {
     "speculation": speculation.run,
     "prefix": prefix.run,
     "decode_cost": decode_cost.run,
+    "codecs": codecs.run,
     "experts": experts.run,
     "elasticity": elasticity.run,
 }
