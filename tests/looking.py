@@ -9,8 +9,10 @@ from scipy import ndimage
 from chiasm.training.data.names import COLOUR_NAMES, COLOURS
 from chiasm.training.data.sample import Picture, Pixels, Sample
 
-_FAR = 80
-"""Distance in RGB from the background at which a pixel belongs to a figure."""
+_PALE = 160
+"""All channels of paper are above it in the worst light, and of no named colour in the best."""
+_PAPER = 245
+"""Level of paper in the best light."""
 
 
 def question(sample: Sample) -> str:
@@ -24,11 +26,9 @@ def picture(sample: Sample, index: int = 0) -> Pixels:
 
 
 def ink(pixels: Pixels) -> NDArray[np.bool_]:
-    """[H, W]: where the picture differs from its paper, which no named colour comes near."""
-    palest = pixels.min(axis=-1)
-    background = np.median(pixels[palest >= np.quantile(palest, 0.9)], axis=0)
-    away = np.linalg.norm(pixels.astype(np.float64) - background, axis=-1) > _FAR
-    return np.asarray(away)
+    """[H, W]: where there is no paper."""
+    dark: NDArray[np.bool_] = pixels.min(axis=-1) < _PALE
+    return dark
 
 
 def blobs(pixels: Pixels) -> list[NDArray[np.bool_]]:
@@ -38,9 +38,11 @@ def blobs(pixels: Pixels) -> list[NDArray[np.bool_]]:
 
 
 def colour(pixels: Pixels, mask: NDArray[np.bool_]) -> str:
-    """The named colour that most of the figure's inner pixels are next to."""
+    """The named colour that most of the figure's inner pixels are next to, in the best light."""
     inner = ndimage.binary_erosion(mask, iterations=2)
+    around = ndimage.binary_dilation(mask, iterations=8) & ~ink(pixels)
     mean = np.median(pixels[inner if inner.any() else mask], axis=0)
+    mean = mean * (_PAPER / np.median(pixels[around]))
     return min(COLOURS, key=lambda name: float(np.linalg.norm(mean - np.array(COLOURS[name]))))
 
 

@@ -82,6 +82,7 @@ def random_batch(
         pixels=torch.randn(num_patches, 588, generator=generator),
         grids=tuple(grids),
         tasks=("",) * len(lengths),
+        seen={},
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from chiasm.training.data.packing import PackedBatch
 from chiasm.training.model import Part, TrainingModel, part_of
-from chiasm.training.objective import Objective, Whole
+from chiasm.training.objective import Objective, Whole, sight_loss
 from chiasm.training.routing import Usage, add_usage, choices_by_gate, choices_by_modality
 
 
@@ -53,14 +53,19 @@ def accumulate(
     pool: ThreadPoolExecutor,
     *,
     detach_text: bool = False,
+    sight_alone: bool = False,
 ) -> StepResult:
     """Sets the gradients of all parameters that learn to those of the whole step.
 
     With `detach_text` the text parameters get none from micro-batches that have media: ERNIE's
-    modality detach.
+    modality detach. With `sight_alone` it is the probes that are asked, and no text is run.
     """
     learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    one = partial(_pass, model, objective, learners, Whole.of(parts), detach_text)
+    whole = Whole.of(parts)
+    if sight_alone:
+        one = partial(_sight_pass, model, learners, whole)
+    else:
+        one = partial(_pass, model, objective, learners, whole, detach_text)
     results, gradients = zip(*pool.map(one, parts), strict=True)
     for parameter, *own in zip(learners.values(), *gradients, strict=True):
         present = [gradient for gradient in own if gradient is not None]
@@ -94,6 +99,19 @@ def _pass(
         by_modality=choices_by_modality(passed.records, batch.token_types, num_experts),
     )
     return result, gradients
+
+
+def _sight_pass(
+    model: TrainingModel,
+    learners: dict[str, torch.nn.Parameter],
+    whole: Whole,
+    batch: PackedBatch,
+) -> tuple[StepResult, list[torch.Tensor | None]]:
+    """One micro-batch through ViT, adapter and probes, there and back."""
+    loss = sight_loss(model, batch, whole)
+    gradients = torch.autograd.grad(loss, list(learners.values()), allow_unused=True)
+    result = StepResult(values={"loss": float(loss.detach())}, by_gate={}, by_modality={})
+    return result, [*gradients]
 
 
 def _sum(results: Sequence[StepResult]) -> StepResult:

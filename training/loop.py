@@ -134,7 +134,14 @@ class Trainer:
     ) -> dict[str, float]:
         """One update; returns the values of the loss's terms and the gradient's norm."""
         objective, config = self.preset.objective, self.preset.optimizer
-        result = accumulate(self.model, objective, parts, pool, detach_text=stage.detach_text)
+        result = accumulate(
+            self.model,
+            objective,
+            parts,
+            pool,
+            detach_text=stage.detach_text,
+            sight_alone=stage.sight_alone,
+        )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()

@@ -123,7 +123,7 @@ def plot(directory: Path) -> None:
     for name, log_scale in (("loss", True), ("orthogonality", False)):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for stage in dict.fromkeys(row["stage"] for row in rows):
-            own = [row for row in rows if row["stage"] == stage]
+            own = [row for row in rows if row["stage"] == stage and row[name]]
             axes.plot([int(r["step"]) for r in own], [float(r[name]) for r in own], label=stage)
         axes.set(xlabel="step", ylabel=name, yscale="log" if log_scale else "linear")
         axes.legend()

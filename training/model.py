@@ -22,6 +22,7 @@ from chiasm.model.text import Batch, DecoderLayer, LanguageModel
 from chiasm.model.vision import VisionTower
 from chiasm.training.attention import CausalSegments
 from chiasm.training.data.packing import PackedBatch
+from chiasm.training.data.probes import PROBES
 from chiasm.training.precision import narrow_linears
 from chiasm.training.routing import Recording, RoutingRecord, TrainingExperts
 from chiasm.types import TOKEN_TEXT, Grid, Modality
@@ -35,6 +36,8 @@ class Part(StrEnum):
     VISION_EXPERTS = "vision_experts"
     ADAPTER = "adapter"
     VIT = "vit"
+    PROBES = "probes"
+    """Linear readers of what is seen; no part of the checkpoint that serves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +57,15 @@ def part_of(name: str) -> Part:
         return Part.VIT
     if name.startswith("resampler."):
         return Part.ADAPTER
+    if name.startswith("probes."):
+        return Part.PROBES
     is_vision_bank = name.startswith(f"experts.banks.{Modality.VISION}_")
     return Part.VISION_EXPERTS if is_vision_bank or name.endswith("gate.weight_1") else Part.TEXT
 
 
 class TrainingModel(nn.Module):
-    """All parameters of a checkpoint, float32, in four modules. `dtype` is that of products.
+    """All parameters of a checkpoint, float32, in four modules, and the probes. `dtype` is that of
+    products.
 
     With `shared_pool` there is no isolation of modalities: every token is routed by the text gate
     over the text bank, and there are no vision experts. Such a model has as many experts in its one
@@ -79,6 +85,13 @@ class TrainingModel(nn.Module):
         if dtype is torch.bfloat16:
             for module in (self.language, self.vision, self.resampler):
                 narrow_linears(module)
+        width = config.text.hidden_size
+        self.probes = nn.ModuleDict(
+            {
+                name: nn.Linear(probe.tokens * width, probe.slots * probe.classes)
+                for name, probe in PROBES.items()
+            }
+        )
         self.media_ids = torch.tensor(sorted({config.tokens.image, config.tokens.video}))
 
     def moe_blocks(self) -> dict[int, MoeBlock]:
@@ -107,7 +120,7 @@ class TrainingModel(nn.Module):
         x = self.language.embed(batch.token_ids)
         if batch.grids:
             rows = torch.isin(batch.token_ids, self.media_ids).nonzero().squeeze(-1)
-            x = x.index_copy(0, rows, self._media(batch.pixels, batch.grids))
+            x = x.index_copy(0, rows, self.see(batch.pixels, batch.grids))
         experts = Recording(self.experts)
         hidden = self.language(
             x,
@@ -120,7 +133,7 @@ class TrainingModel(nn.Module):
         )
         return Forward(hidden=hidden, records=experts.records)
 
-    def _media(self, pixels: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+    def see(self, pixels: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Embeddings of all items in order, [tokens, H].
 
         The tower attends once per run of frames of equal size, so items go through it by size.
@@ -133,6 +146,16 @@ class TrainingModel(nn.Module):
         sizes = [num_tokens(grid, self.config.vision) for grid in by_size]
         parts = torch.split(merged, sizes)
         return torch.cat([part for _, part in sorted(zip(order, parts, strict=True), key=_index)])
+
+    def read(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        """What every probe that has something to read makes of it: float32 [R, slots, classes]."""
+        embeddings = self.see(batch.pixels, batch.grids)
+        return {
+            name: self.probes[name](embeddings[seen.rows].flatten(1)).view(
+                *seen.labels.shape, PROBES[name].classes
+            )
+            for name, seen in batch.seen.items()
+        }
 
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         """float32 [T, V]."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from chiasm.training.data.packing import PackedBatch
 from chiasm.training.losses import (
@@ -23,11 +24,12 @@ from chiasm.training.routing import RoutingRecord, Usage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """A step's micro-batches together: how many, their tokens and those that have labels."""
+    """A step's micro-batches together: how many, their tokens, those that have labels, examples."""
 
     num_parts: int
     num_tokens: int
     num_labels: int
+    num_examples: int
 
     @classmethod
     def of(cls, parts: Sequence[PackedBatch]) -> Whole:
@@ -35,6 +37,7 @@ class Whole:
             num_parts=len(parts),
             num_tokens=sum(part.num_tokens for part in parts),
             num_labels=sum(int((part.labels >= 0).sum()) for part in parts),
+            num_examples=sum(part.num_examples for part in parts),
         )
 
 
@@ -108,3 +111,12 @@ class Objective:
                 orthogonalize_(gate, learning_rate * self.orthogonality)
             if self.bias_step:
                 correct_(blocks[layer].moe_statics.bank(modality), counts, self.bias_step)
+
+
+def sight_loss(model: TrainingModel, batch: PackedBatch, whole: Whole) -> torch.Tensor:
+    """Cross-entropy of everything the probes read in a micro-batch, over the step's examples."""
+    losses = [
+        F.cross_entropy(logits.flatten(0, 1), batch.seen[name].labels.flatten(), reduction="sum")
+        for name, logits in model.read(batch).items()
+    ]
+    return torch.stack(losses).sum() / whole.num_examples

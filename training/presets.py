@@ -9,7 +9,7 @@ from typing import TypeVar
 from chiasm.errors import InvalidArgument
 from chiasm.model.writer import Dimensions
 from chiasm.training.data.stream import Lesson
-from chiasm.training.data.tasks import ARRANGE, LOOK, MIX
+from chiasm.training.data.tasks import ARRANGE, LOOK, MIX, SEE
 from chiasm.training.model import Part
 from chiasm.training.objective import Objective
 from chiasm.training.optimizer import OptimizerConfig, Schedule
@@ -17,7 +17,8 @@ from chiasm.training.optimizer import OptimizerConfig, Schedule
 _T = TypeVar("_T")
 
 _TEXT_ONLY = frozenset({Part.TEXT})
-_EVERYTHING = frozenset(Part)
+_SIGHT = frozenset({Part.VIT, Part.ADAPTER, Part.PROBES})
+_EVERYTHING = frozenset(Part) - {Part.PROBES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class Stage:
     """Mixes of the stage's first samples, before `mix`."""
     detach_text: bool = False
     """In batches with media, text parameters get no gradient."""
+    sight_alone: bool = False
+    """Probes read the media, and no language model runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,16 +98,24 @@ _BUNDLED = Preset(
             schedule=Schedule(steps=500, warmup=30, peak=6e-4, floor=3e-4),
         ),
         Stage(
+            name="sight",
+            trains=_SIGHT,
+            mix=SEE,
+            batch_tokens=2048,
+            schedule=Schedule(steps=4000, warmup=100, peak=2e-3, floor=4e-5),
+            sight_alone=True,
+        ),
+        Stage(
             name="joint",
             trains=_EVERYTHING,
             mix=MIX,
             batch_tokens=1024,
             schedule=Schedule(steps=9000, warmup=100, peak=6e-4, floor=1e-5),
-            # Letters have most of the labels and are learnt last: from the start they would drown
-            # what the ViT has to learn before.
+            # Letters have most of the labels: from the start they would drown what text and vision
+            # experts have to learn before.
             lessons=(
-                Lesson(num_samples=50_000, mix=LOOK),
-                Lesson(num_samples=120_000, mix=ARRANGE),
+                Lesson(num_samples=20_000, mix=LOOK),
+                Lesson(num_samples=70_000, mix=ARRANGE),
             ),
         ),
     ),
@@ -140,7 +151,7 @@ _SMOKE = Preset(
             lessons=(),
             schedule=Schedule(steps=steps, warmup=4, peak=5e-3, floor=1e-3),
         )
-        for stage, steps in zip(_BUNDLED.stages, (10, 10, 30), strict=True)
+        for stage, steps in zip(_BUNDLED.stages, (10, 10, 10, 30), strict=True)
     ),
     checkpoint_every=25,
     log_every=5,

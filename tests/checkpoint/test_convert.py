@@ -281,7 +281,7 @@ def test_quality_of_a_conversion_and_calibration(tmp_path: Path) -> None:
 
     from chiasm.training.export import export
 
-    preset = short_preset(1, 1, 1)
+    preset = short_preset(1, 1, 1, 1)
     model = new_model(tmp_path / "description", preset)
     weights = dict(model.named_parameters())
     export(model, weights, tmp_path / "description", tmp_path / "model", shard_bytes=1 << 30)

@@ -45,7 +45,7 @@ class Reader(torch.nn.Module):
 def test_an_answer_counts_when_every_token_is_right(
     tmp_path: Path, task: str, wrong: set[int]
 ) -> None:
-    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     encoder = Encoder.load(tmp_path / "description")
     reader = Reader(model, wrong)
     accuracy, usage = exact_match(reader, encoder, task, NUM_SAMPLES)
@@ -61,7 +61,7 @@ def test_an_answer_counts_when_every_token_is_right(
 
 
 def test_a_model_that_knows_nothing_scores_nothing(tmp_path: Path) -> None:
-    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     accuracy, _ = exact_match(model, Encoder.load(tmp_path / "description"), "words", 10)
     assert accuracy == 0
 

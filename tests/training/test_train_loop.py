@@ -74,19 +74,23 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("ablation", [None, "no-isolation"])
-def test_interrupted_and_not_give_the_same_bits(tmp_path: Path, ablation: str | None) -> None:
-    """Six steps over three stages, in one go and stopped in the middle of the second."""
-    preset = short_preset(2, 2, 2, ablation=ablation)
+@pytest.mark.parametrize(
+    ("ablation", "steps", "stage"), [(None, 3, 1), (None, 5, 2), ("no-isolation", 3, 1)]
+)
+def test_interrupted_and_not_give_the_same_bits(
+    tmp_path: Path, ablation: str | None, steps: int, stage: int
+) -> None:
+    """Eight steps over four stages, in one go and stopped in the middle of one."""
+    preset = short_preset(2, 2, 2, 2, ablation=ablation)
     preset = replace(preset, optimizer=replace(preset.optimizer, average_every=2))
     whole = trainer(tmp_path / "whole", preset)
     whole.run(quiet)
     first = trainer(tmp_path / "parts", preset)
-    first.run(quiet, max_steps=3)
+    first.run(quiet, max_steps=steps)
     newest = checkpoint.newest(tmp_path / "parts" / "checkpoints")
     torch.manual_seed(99)  # whatever else happened in between
     second = trainer(tmp_path / "parts", preset, resume=newest)
-    assert (second.progress.step, second.progress.stage) == (3, 1)
+    assert (second.progress.step, second.progress.stage) == (steps, stage)
     second.run(quiet)
     assert second.progress == whole.progress
     expected, found = state(whole), state(second)
@@ -96,7 +100,7 @@ def test_interrupted_and_not_give_the_same_bits(tmp_path: Path, ablation: str | 
 
 
 def test_the_first_stages_leave_vision_alone(tmp_path: Path) -> None:
-    run = trainer(tmp_path, short_preset(2, 1, 1))
+    run = trainer(tmp_path, short_preset(2, 1, 1, 1))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.run(quiet, max_steps=3)
     for name, parameter in run.model.named_parameters():
@@ -111,9 +115,26 @@ def test_the_first_stages_leave_vision_alone(tmp_path: Path) -> None:
     assert moved == set(Part)
 
 
+def test_sight_alone_moves_what_sees_and_learns_to_read(tmp_path: Path) -> None:
+    preset = short_preset(1, 1, 60, 1)
+    preset = replace(preset, stages=preset.stages[2:3])
+    source = tasks(tmp_path / "description")
+    losses: list[float] = []
+    run = trainer(tmp_path, preset, lambda stage, first: itertools.cycle([next(source(stage, 0))]))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.run(lambda report: losses.append(report.loss))
+    assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
+    moved = {
+        part_of(name)
+        for name, parameter in run.model.named_parameters()
+        if not torch.equal(parameter.detach(), before[name])
+    }
+    assert moved == {Part.VIT, Part.ADAPTER, Part.PROBES}
+
+
 def test_detached_text_stands_still_in_batches_with_media(tmp_path: Path) -> None:
-    preset = short_preset(1, 1, 2)
-    stage = replace(preset.stages[2], detach_text=True)
+    preset = short_preset(1, 1, 1, 2)
+    stage = replace(preset.stages[3], detach_text=True)
     objective = replace(preset.objective, orthogonality=0.0, bias_step=0.0)
     preset = replace(preset, stages=(stage,), objective=objective)
     run = trainer(tmp_path, preset)
@@ -125,8 +146,8 @@ def test_detached_text_stands_still_in_batches_with_media(tmp_path: Path) -> Non
 
 
 def test_smoke_learns_a_batch_and_serves_what_it_learnt(tmp_path: Path) -> None:
-    preset = short_preset(1, 1, 30)
-    preset = replace(preset, stages=preset.stages[2:])
+    preset = short_preset(1, 1, 1, 30)
+    preset = replace(preset, stages=preset.stages[3:])
     losses: list[float] = []
     run = trainer(tmp_path, preset)
     batch = random_batch(run.model.config, SEGMENTS)
@@ -151,7 +172,7 @@ def test_smoke_learns_a_batch_and_serves_what_it_learnt(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    preset = short_preset(1, 1, 1)
+    preset = short_preset(1, 1, 1, 1)
     saved = trainer(tmp_path / "one", preset).save()
     wider = replace(preset, dimensions=replace(preset.dimensions, intermediate_size=72))
     with pytest.raises(InvalidArgument, match="another model"):
@@ -159,14 +180,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_complete_and_new_checkpoints_are_kept(tmp_path: Path) -> None:
-    run = trainer(tmp_path, replace(short_preset(2, 1, 1), checkpoint_every=1))
+    run = trainer(tmp_path, replace(short_preset(2, 1, 1, 1), checkpoint_every=1))
     with pytest.raises(NotFound):
         checkpoint.newest(tmp_path / "checkpoints")
     run.run(quiet)
     (tmp_path / "checkpoints" / "step-00000099.partial").mkdir()
     kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*") if not p.suffix)
-    assert kept == ["step-00000003", "step-00000004"]
-    assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000004"
+    assert kept == ["step-00000004", "step-00000005"]
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000005"
 
 
 def test_schedule() -> None:

@@ -39,7 +39,7 @@ def exported(model: TrainingModel, directory: Path) -> Path:
 def test_logits_are_those_of_the_serving_path(
     tmp_path: Path, ablation: str | None, segments: Segments, seed: int
 ) -> None:
-    preset = short_preset(1, 1, 1, ablation=ablation)
+    preset = short_preset(1, 1, 1, 1, ablation=ablation)
     model = new_model(tmp_path / "description", preset, seed=seed)
     batch = random_batch(model.config, segments, seed)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_serving_path(
 
 
 def test_parts_cover_the_model_and_a_stage_trains_its_own(tmp_path: Path) -> None:
-    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     names = [name for name, _ in model.named_parameters()]
     assert {part_of(name) for name in names} == set(Part)
     for parts in (frozenset({Part.TEXT}), frozenset(Part), frozenset({Part.VIT, Part.ADAPTER})):
@@ -61,13 +61,17 @@ def test_parts_cover_the_model_and_a_stage_trains_its_own(tmp_path: Path) -> Non
 
 
 def test_every_part_gets_gradients_from_a_mixed_batch(tmp_path: Path) -> None:
-    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     model.train_only(frozenset(Part))
     batch = random_batch(model.config, MIXED)
     passed = model(batch)
     loss, values = Objective(orthogonality_by="loss").loss(model, batch, passed, Whole.of([batch]))
     loss.backward()  # type: ignore[no-untyped-call]  # no annotations in torch
-    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    still = [
+        name
+        for name, parameter in model.named_parameters()
+        if part_of(name) is not Part.PROBES and (parameter.grad is None or not parameter.grad.any())
+    ]
     # What the last layer's experts make of media tokens, nobody reads: only text has labels.
     unread = f"experts.banks.{Modality.VISION}_{model.config.text.moe_layers[-1]}."
     assert any(name.startswith(unread) for name in still)
@@ -80,7 +84,7 @@ def test_every_part_gets_gradients_from_a_mixed_batch(tmp_path: Path) -> None:
 def test_micro_batches_add_up(tmp_path: Path, is_token_balanced: bool) -> None:
     """Cut in two or not, a step has the same loss and, gates' own losses aside, the same
     gradients."""
-    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     model.train_only(frozenset(Part))
     objective = Objective(is_token_balanced=is_token_balanced, load_balance=0, z=0)
     cuts = [random_batch(model.config, part, seed=3) for part in (MIXED, TEXT)]
@@ -109,12 +113,13 @@ def join(parts: list[PackedBatch]) -> PackedBatch:
         pixels=torch.cat([part.pixels for part in parts]),
         grids=tuple(grid for part in parts for grid in part.grids),
         tasks=tuple(task for part in parts for task in part.tasks),
+        seen={},
     )
 
 
 def test_vision_does_not_reach_the_text_bank(tmp_path: Path) -> None:
     """Modality isolation: each bank sees its own modality's tokens, and only those."""
-    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     batch = random_batch(model.config, MIXED)
     records = model(batch).records
     counts = choices_by_modality(records, batch.token_types, model.config.text.num_experts)
@@ -126,19 +131,19 @@ def test_vision_does_not_reach_the_text_bank(tmp_path: Path) -> None:
 
 
 def test_a_shared_pool_has_one_gate_and_counts_both_modalities(tmp_path: Path) -> None:
-    preset = short_preset(1, 1, 1, ablation="no-isolation")
+    preset = short_preset(1, 1, 1, 1, ablation="no-isolation")
     model = new_model(tmp_path / "description", preset)
     batch = random_batch(model.config, MIXED)
     records = model(batch).records
     assert {record.modality for record in records} == {Modality.TEXT}
     counts = choices_by_modality(records, batch.token_types, model.config.text.num_experts)
     assert {modality for modality, _ in counts} == set(Modality)
-    isolated = short_preset(1, 1, 1).dimensions
+    isolated = short_preset(1, 1, 1, 1).dimensions
     assert model.config.text.num_experts == 2 * isolated.num_experts
 
 
 def test_after_step_moves_gates_apart_and_biases_towards_balance(tmp_path: Path) -> None:
-    model = new_model(tmp_path / "description", short_preset(1, 1, 1))
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     model.train_only(frozenset({Part.TEXT}))
     batch = random_batch(model.config, MIXED)
     passed = model(batch)

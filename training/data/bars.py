@@ -9,7 +9,8 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from chiasm.training.data.drawing import SCALE, paper, tint, with_noise
+from chiasm.training.data import probes
+from chiasm.training.data.drawing import SCALE, paper, photographed, tint
 from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Phrasings
 from chiasm.training.data.sample import Draft, Picture, Task
 
@@ -54,6 +55,7 @@ def _draft(rng: Random) -> Draft:
         phrasings=_PHRASINGS[asked],
         answer=COLOUR_NAMES[colour],
         draw=lambda rng: (draw(bars, rng),),
+        shows=probes.bars(bars),
     )
 
 
@@ -70,7 +72,7 @@ def draw(bars: Sequence[Bar], rng: Random) -> Picture:
         pen.rectangle([SCALE * edge for edge in box], fill=tint(colour, rng))
     axis = (0, _FLOOR, WIDTH, _FLOOR + 1)
     pen.rectangle([SCALE * edge for edge in axis], fill=_AXIS)
-    return Picture(with_noise(np.asarray(canvas.reduce(SCALE)), rng))
+    return Picture(photographed(np.asarray(canvas.reduce(SCALE)), rng))
 
 
 TASKS = (Task(name="bars", threshold=0.95, draft=_draft),)

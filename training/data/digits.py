@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from chiasm.errors import FailedPrecondition
-from chiasm.training.data.drawing import paper, with_noise
+from chiasm.training.data.drawing import paper, photographed
 from chiasm.training.data.names import Bilingual, Phrasings
 from chiasm.training.data.sample import Draft, Picture, Task
 
@@ -70,10 +70,16 @@ def _draft(rng: Random) -> Draft:
         cover = np.asarray(sheet, np.float32)[..., None] / 255
         pen = np.full(3, rng.randint(0, 60), np.float32)
         pixels = cover * pen + (1 - cover) * np.asarray(paper(rng), np.float32)
-        return (Picture(with_noise(pixels.astype(np.uint8), rng)),)
+        return (Picture(photographed(pixels.astype(np.uint8), rng)),)
 
     answer = Bilingual.same(targets[index])
-    return Draft(key=(index,), phrasings=_PHRASINGS, answer=answer, draw=draw)
+    return Draft(
+        key=(index,),
+        phrasings=_PHRASINGS,
+        answer=answer,
+        draw=draw,
+        shows={"digit": (targets[index],)},
+    )
 
 
 TASKS = (Task(name="digits", threshold=0.97, draft=_draft),)

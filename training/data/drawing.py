@@ -1,7 +1,7 @@
 """Shapes on small canvases.
 
 Everything is drawn at four times the size and averaged down, so that edges are smooth; then the
-picture gets the faint noise of a camera, half of the time.
+picture gets what a camera does to it: uneven light and faint noise, each of them half of the time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from chiasm.training.data.names import COLOURS
@@ -22,6 +23,7 @@ Rgb = tuple[int, int, int]
 SCALE = 4
 _TINT = 10
 _MAX_NOISE = 4.0
+_MAX_SHADE = 0.2
 _UNIT_SQUARE = ((-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0))
 _ARM = 0.36
 
@@ -79,13 +81,26 @@ def draw_figures(width: int, height: int, background: Rgb, figures: Sequence[Fig
     return np.asarray(canvas.reduce(SCALE))
 
 
-def with_noise(pixels: Pixels, rng: Random) -> Pixels:
-    """The same picture, with noise half of the time."""
+def photographed(pixels: Pixels, rng: Random) -> Pixels:
+    """[..., H, W, 3]: the same picture, or video, as a camera sees it."""
+    seen = pixels.astype(np.float32)
     if rng.random() < 0.5:
-        return pixels
-    generator = np.random.default_rng(rng.getrandbits(64))
-    noise = generator.standard_normal(pixels.shape, dtype=np.float32) * rng.uniform(0, _MAX_NOISE)
-    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+        height, width = pixels.shape[-3:-1]
+        seen *= _light(height, width, rng)
+    if rng.random() < 0.5:
+        generator = np.random.default_rng(rng.getrandbits(64))
+        noise = generator.standard_normal(pixels.shape, dtype=np.float32)
+        seen += noise * rng.uniform(0, _MAX_NOISE)
+    return np.clip(seen, 0, 255).astype(np.uint8)
+
+
+def _light(height: int, width: int, rng: Random) -> npt.NDArray[np.float32]:
+    """[H, W, 1] of 1 - _MAX_SHADE to 1, falling off in some direction."""
+    angle = rng.uniform(0, 2 * math.pi)
+    down = np.linspace(-1, 1, height, dtype=np.float32)[:, None, None] * math.sin(angle)
+    right = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None] * math.cos(angle)
+    fall = (down + right) / (abs(math.sin(angle)) + abs(math.cos(angle)))  # -1 to 1
+    return (1 - rng.uniform(0, _MAX_SHADE) * (1 + fall) / 2).astype(np.float32)
 
 
 def _draw(pen: ImageDraw.ImageDraw, figure: Figure) -> None:

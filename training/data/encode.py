@@ -15,15 +15,14 @@ from torch import Tensor
 from chiasm.errors import InvalidArgument
 from chiasm.model.chat import Tokens, render_chat
 from chiasm.model.config import ModelConfig
-from chiasm.model.geometry import smart_resize
-from chiasm.model.images import preprocess_image
+from chiasm.model.geometry import num_tokens, smart_resize
 from chiasm.model.layout import lay_out_pieces
 from chiasm.model.patches import Patches, normalize, patchify, resize
 from chiasm.model.positions import position_ids
 from chiasm.model.processing import ProcessingConfig
 from chiasm.model.tokenizer import Tokenizer
-from chiasm.training.data.files import to_png
-from chiasm.training.data.sample import Clip, Media, Pixels, Sample
+from chiasm.training.data.probes import Labels
+from chiasm.training.data.sample import Clip, Media, Sample
 from chiasm.types import Grid
 
 END_OF_ANSWER = "<|end_of_sentence|>"
@@ -35,7 +34,7 @@ class Example:
 
     token_ids: int64 [T]. token_types: uint8 [T], 0 text, 1 image, 2 video. positions: int64 [3, T],
     rows T, H, W. labels_mask: bool [T], true for the tokens to be learnt: the answer and its end.
-    pixels: float32 [N, 588].
+    pixels: float32 [N, 588]. shows: the sample's own labels for probes.
     """
 
     task: str
@@ -45,6 +44,9 @@ class Example:
     labels_mask: Tensor
     pixels: Tensor
     grids: tuple[Grid, ...]
+    shows: Labels
+    num_embeddings: int
+    """Of its media."""
 
     @property
     def num_tokens(self) -> int:
@@ -89,24 +91,23 @@ class Encoder:
             labels_mask=labels_mask,
             pixels=torch.cat([item.pixels for item in patches]) if patches else torch.empty(0, row),
             grids=grids,
+            shows=sample.shows,
+            num_embeddings=sum(num_tokens(grid, self._config.vision) for grid in grids),
         )
 
     def _patches(self, item: Media) -> Patches:
-        if isinstance(item, Clip):
-            return self._frames(item.frames)
-        return preprocess_image(to_png(item.pixels), self._processing)
-
-    def _frames(self, frames: Pixels) -> Patches:
-        """What `preprocess_video` makes of a file of these frames, without the file."""
+        """What serving makes of a file of these pixels, without the file."""
         processing = self._processing
+        is_clip = isinstance(item, Clip)
+        frames = item.frames if isinstance(item, Clip) else item.pixels[None]
+        settings = processing.video.pixels if is_clip else processing.image
         patch_size, merge_size = processing.patch_size, processing.spatial_merge_size
-        size = smart_resize(
-            *frames.shape[1:3], factor=processing.factor, pixels=processing.video.pixels
-        )
+        size = smart_resize(*frames.shape[1:3], factor=processing.factor, pixels=settings)
         rows = [
             patchify(resize(image, *size), patch_size=patch_size, merge_size=merge_size)
             for image in torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())
         ]
-        rows += rows[-1:] * (-len(rows) % processing.temporal_merge_size)
+        if is_clip:
+            rows += rows[-1:] * (-len(rows) % processing.temporal_merge_size)
         grid = Grid(len(rows), size[0] // patch_size, size[1] // patch_size)
-        return Patches(pixels=normalize(torch.cat(rows), processing.video.pixels), grid=grid)
+        return Patches(pixels=normalize(torch.cat(rows), settings), grid=grid)

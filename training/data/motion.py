@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 
-from chiasm.training.data.drawing import Figure, draw_figures, paper, tint, with_noise
+from chiasm.training.data.drawing import Figure, draw_figures, paper, photographed, tint
 from chiasm.training.data.names import COLOURS, SHAPES, Bilingual, Phrasings
 from chiasm.training.data.sample import Clip, Draft, Task
 
@@ -33,22 +33,29 @@ _PHRASINGS = Phrasings(
 def _draft(rng: Random) -> Draft:
     direction = rng.choice(tuple(DIRECTIONS))
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
-    lane = rng.randrange(_LANES)
+    lane, num_frames = rng.randrange(_LANES), rng.choice(NUM_FRAMES)
     return Draft(
         key=(shape, colour, direction, lane),
         phrasings=_PHRASINGS,
         answer=DIRECTIONS[direction],
-        draw=lambda rng: (_draw(shape, colour, direction, lane, rng),),
+        draw=lambda rng: (_draw(shape, colour, direction, lane, num_frames, rng),),
+        shows={"direction": (tuple(DIRECTIONS).index(direction),) * (num_frames // 2)},
     )
 
 
-def _draw(shape: str, colour: str, direction: tuple[int, int], lane: int, rng: Random) -> Clip:
+def _draw(
+    shape: str,
+    colour: str,
+    direction: tuple[int, int],
+    lane: int,
+    num_frames: int,
+    rng: Random,
+) -> Clip:
     """The way is 18 to 36 pixels long and begins anywhere from where it fits."""
     size, way = rng.uniform(14, 20), rng.uniform(18, 36)
     room = SIDE - size
     across = size / 2 + room * (lane + rng.random()) / _LANES
     start = size / 2 + rng.uniform(0, room - way)
-    num_frames = rng.choice(NUM_FRAMES)
     along = start + np.linspace(0, way, num_frames)
     if sum(direction) < 0:
         along = along[::-1]
@@ -58,7 +65,7 @@ def _draw(shape: str, colour: str, direction: tuple[int, int], lane: int, rng: R
         x, y = (place, across) if direction[0] else (across, place)
         figure = Figure(shape=shape, colour=shade, x=x, y=y, size=size)
         frames.append(draw_figures(SIDE, SIDE, background, [figure]))
-    return Clip(with_noise(np.stack(frames), rng), FPS)
+    return Clip(photographed(np.stack(frames), rng), FPS)
 
 
 TASKS = (Task(name="motion", threshold=0.95, draft=_draft),)

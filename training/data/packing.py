@@ -6,10 +6,10 @@ positions start anew in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from chiasm.errors import InvalidArgument
 from chiasm.training.data.encode import Encoder, Example
+from chiasm.training.data.probes import PROBES
 from chiasm.training.data.stream import Stream
 from chiasm.types import Grid
 
@@ -27,6 +28,17 @@ _PREFETCHED = 8
 _BATCH_TIMEOUT_S = 120.0
 
 
+class Seen(NamedTuple):
+    """What a probe is to read in R runs of embeddings.
+
+    rows: int64 [R, tokens], the probe's tokens as rows of all the batch's embeddings. labels: int64
+    [R, slots].
+    """
+
+    rows: Tensor
+    labels: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """T tokens of several examples.
@@ -34,7 +46,7 @@ class PackedBatch:
     token_ids: int64 [T]. token_types: uint8 [T], 0 text, 1 image, 2 video. positions: int64 [3, T],
     rows T, H, W. labels: int64 [T], the token that should follow each row, NO_LABEL where it does
     not matter. lengths: tokens of each example. pixels: float32 [N, 588], of the media in order of
-    their placeholders. tasks: the task of each example.
+    their placeholders. tasks: the task of each example. seen: what there is to read, by probe.
     """
 
     token_ids: Tensor
@@ -45,6 +57,7 @@ class PackedBatch:
     pixels: Tensor
     grids: tuple[Grid, ...]
     tasks: tuple[str, ...]
+    seen: Mapping[str, Seen]
 
     @property
     def num_tokens(self) -> int:
@@ -71,7 +84,27 @@ def pack(examples: Sequence[Example], max_tokens: int) -> PackedBatch:
         pixels=torch.cat([example.pixels for example in examples]),
         grids=tuple(grid for example in examples for grid in example.grids),
         tasks=tuple(example.task for example in examples),
+        seen=_seen(examples),
     )
+
+
+def _seen(examples: Sequence[Example]) -> dict[str, Seen]:
+    """By probe; embeddings of all examples follow one another as their media do."""
+    found: dict[str, list[Seen]] = {}
+    start = 0
+    for example in examples:
+        end = start + example.num_embeddings
+        for name, labels in example.shows.items():
+            probe = PROBES[name]
+            rows = torch.arange(start, end).view(-1, probe.tokens)
+            found.setdefault(name, []).append(
+                Seen(rows, torch.tensor(labels).view(len(rows), probe.slots))
+            )
+        start = end
+    return {
+        name: Seen(torch.cat([part.rows for part in parts]), torch.cat([p.labels for p in parts]))
+        for name, parts in found.items()
+    }
 
 
 def _labels(example: Example) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from random import Random
 
-from chiasm.training.data.drawing import Figure, draw_figures, paper, tint, with_noise
+from chiasm.training.data import probes
+from chiasm.training.data.drawing import Figure, draw_figures, paper, photographed, tint
 from chiasm.training.data.names import (
     COLOURS,
     NO,
@@ -42,7 +43,7 @@ def _draw_one(shape: str, colour: str, rng: Random) -> Picture:
     size = rng.uniform(24, 34)
     x, y = (rng.uniform(size / 2, SIDE - size / 2) for _ in range(2))
     figure = Figure(shape=shape, colour=tint(colour, rng), x=x, y=y, size=size)
-    return Picture(with_noise(draw_figures(SIDE, SIDE, paper(rng), [figure]), rng))
+    return Picture(photographed(draw_figures(SIDE, SIDE, paper(rng), [figure]), rng))
 
 
 def _draft_same(rng: Random) -> Draft:
@@ -59,6 +60,7 @@ def _draft_same(rng: Random) -> Draft:
         phrasings=_SAME[asked],
         answer=YES if alike[asked] else NO,
         draw=lambda rng: tuple(_draw_one(shape, colour, rng) for shape, colour in shown),
+        shows=probes.figures(shown),
     )
 
 
@@ -77,6 +79,14 @@ def _draft_more(rng: Random) -> Draft:
         answer=_ORDER[counts.index(max(counts))],
         fields={"shape": SHAPE_NAMES[shape]},
         draw=draw,
+        shows=probes.cells(
+            [
+                (shape, colour, 4 * which + cell)
+                for which, group in enumerate(cells)
+                for cell in group
+            ],
+            8,
+        ),
     )
 
 

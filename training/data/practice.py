@@ -15,8 +15,8 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from chiasm.training.data import bars, texts, words
-from chiasm.training.data.drawing import paper, with_noise
+from chiasm.training.data import bars, probes, texts, words
+from chiasm.training.data.drawing import paper, photographed
 from chiasm.training.data.names import (
     COLOUR_NAMES,
     COLOURS,
@@ -29,7 +29,6 @@ from chiasm.training.data.sample import Draft, Picture, Split, Task
 from chiasm.training.data.scenes import CELL, draw_cells
 
 _COLUMNS, _ROWS = 3, 2
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _STRAY = 4
 
 _LIST = Phrasings(
@@ -71,17 +70,19 @@ def _draft_inventory(rng: Random) -> Draft:
         phrasings=_LIST,
         answer=listed(names),
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
+        shows=probes.cells(placed, _COLUMNS * _ROWS),
     )
 
 
 def _draft_letters(rng: Random) -> Draft:
     """Two rows of four letters, each near the middle of a cell."""
-    letters = "".join(rng.choice(_LETTERS) for _ in range(8))
+    letters = "".join(rng.choice(probes.LETTERS) for _ in range(8))
     return Draft(
         key=(letters,),
         phrasings=_SPELL,
         answer=Bilingual.same(letters),
         draw=lambda rng: (_draw_letters(letters, rng),),
+        shows=probes.letters(letters),
     )
 
 
@@ -93,12 +94,12 @@ def _draw_letters(letters: str, rng: Random) -> Picture:
         x = CELL * (index % columns + 0.5) + rng.uniform(-_STRAY, _STRAY)
         y = CELL * (index // columns + 0.5) + rng.uniform(-_STRAY, _STRAY)
         pen.text((x, y), letter, font=font, fill=ink, anchor="mm")
-    return Picture(with_noise(np.asarray(sheet), rng))
+    return Picture(photographed(np.asarray(sheet), rng))
 
 
 def _draft_lines(rng: Random) -> Draft:
-    """Three words, one below the other."""
-    chosen = [_trained_word(rng) for _ in range(3)]
+    """Two words, one below the other."""
+    chosen = [_trained_word(rng) for _ in range(2)]
     return Draft(
         key=tuple(chosen),
         phrasings=_LINES,
@@ -106,6 +107,7 @@ def _draft_lines(rng: Random) -> Draft:
         draw=lambda rng: (
             Picture(np.concatenate([words.draw(word, rng).pixels for word in chosen])),
         ),
+        shows=probes.words(chosen),
     )
 
 
@@ -124,6 +126,7 @@ def _draft_ranking(rng: Random) -> Draft:
         phrasings=_RANKING,
         answer=listed([COLOUR_NAMES[colour] for colour, _ in order]),
         draw=lambda rng: (bars.draw(shown, rng),),
+        shows=probes.bars(shown),
     )
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from chiasm.model.chat import ChatMessage, MediaPart, TextPart
 from chiasm.training.data.names import Bilingual, Language, Phrasings
+from chiasm.training.data.probes import Labels
 from chiasm.types import MediaKind
 
 Pixels = npt.NDArray[np.uint8]
@@ -57,13 +58,17 @@ Media = Picture | Clip
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A conversation that ends with a question, and what the model is to say."""
+    """A conversation that ends with a question, and what the model is to say.
+
+    shows: what its media show, for the probes that can read it.
+    """
 
     task: str
     key: Key
     language: Language
     messages: tuple[ChatMessage, ...]
     media: tuple[Media, ...]
+    shows: Labels
     answer: str
 
 
@@ -71,7 +76,7 @@ class Sample:
 class Draft:
     """A sample before its question is phrased and its media are drawn.
 
-    fields: what the phrasings' placeholders stand for.
+    fields: what the phrasings' placeholders stand for. shows: what the media will show, by probe.
     """
 
     key: Key
@@ -79,6 +84,7 @@ class Draft:
     answer: Bilingual
     fields: Mapping[str, Bilingual] = field(default_factory=dict)
     draw: Callable[[Random], tuple[Media, ...]] = lambda _: ()
+    shows: Labels = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,5 +125,6 @@ class Task:
             language=language,
             messages=(ChatMessage("user", tuple(parts)),),
             media=media,
+            shows=draft.shows,
             answer=draft.answer.of(language),
         )

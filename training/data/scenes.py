@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from chiasm.training.data.drawing import Figure, Rgb, draw_figures, paper, tint, with_noise
+from chiasm.training.data import probes
+from chiasm.training.data.drawing import Figure, Rgb, draw_figures, paper, photographed, tint
 from chiasm.training.data.names import (
     COLOUR_NAMES,
     COLOURS,
@@ -26,10 +27,12 @@ from chiasm.training.data.sample import Draft, Picture, Task
 CELL = 28
 SIDE = 3
 MAX_COUNT = 5
-_ALONE = 56
-"""Side of a picture of one shape."""
+_SIDES = {56: 2, 84: 1, 112: 1}
+"""Sides of pictures of one shape, with their weights."""
+_READ = 56
+"""The side that the probes of one shape read."""
 _PARTS = 6
-"""Parts of that side, to hold out some of the places."""
+"""Parts of a side, to hold out some of the places."""
 _STRAY = 3
 
 Placed = tuple[str, str, int]
@@ -107,22 +110,26 @@ def draw_cells(
         )
         for shape, colour, cell in placed
     ]
-    return Picture(with_noise(draw_figures(CELL * columns, CELL * rows, paper(rng), figures), rng))
+    return Picture(
+        photographed(draw_figures(CELL * columns, CELL * rows, paper(rng), figures), rng)
+    )
 
 
-def _alone(shape: str, colour: str, part: int, rng: Random) -> Picture:
-    """One shape of 22 to 32 pixels; `part` tells in which part of the room its middle is."""
-    size = rng.uniform(22, 32)
-    room = (_ALONE - size) / _PARTS
+def _alone(shape: str, colour: str, part: int, side: int, rng: Random) -> Picture:
+    """One shape of 0.4 to 0.57 of the side; `part` tells in which part of the room its middle
+    is."""
+    size = side * rng.uniform(0.4, 0.57)
+    room = (side - size) / _PARTS
     x, y = (size / 2 + room * (i + rng.random()) for i in (part % _PARTS, part // _PARTS))
     figure = Figure(shape=shape, colour=tint(colour, rng), x=x, y=y, size=size)
-    return Picture(with_noise(draw_figures(_ALONE, _ALONE, paper(rng), [figure]), rng))
+    return Picture(photographed(draw_figures(side, side, paper(rng), [figure]), rng))
 
 
 def _draft_alone(rng: Random, phrasings: Phrasings, form: str) -> Draft:
     """A single shape; `form` makes the answer of its words."""
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
     part = rng.randrange(_PARTS**2)
+    (side,) = rng.choices(tuple(_SIDES), tuple(_SIDES.values()))
     words = {"shape": SHAPE_NAMES[shape], "colour": COLOUR_NAMES[colour]}
     answer = Bilingual(
         form.format(**{name: word.en for name, word in words.items()}),
@@ -132,7 +139,8 @@ def _draft_alone(rng: Random, phrasings: Phrasings, form: str) -> Draft:
         key=(shape, colour, part),
         phrasings=phrasings,
         answer=answer,
-        draw=lambda rng: (_alone(shape, colour, part, rng),),
+        draw=lambda rng: (_alone(shape, colour, part, side, rng),),
+        shows=probes.figures([(shape, colour)]) if side == _READ else {},
     )
 
 
@@ -155,6 +163,7 @@ def _draft_colour(rng: Random) -> Draft:
         answer=COLOUR_NAMES[colour],
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng, rows=2),),
+        shows=probes.cells(placed, 2 * SIDE),
     )
 
 
@@ -162,12 +171,14 @@ def _draft_count(rng: Random) -> Draft:
     count = rng.randint(1, MAX_COUNT)
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
     cells = sorted(rng.sample(range(SIDE**2), count))
+    placed = [(shape, colour, cell) for cell in cells]
     return Draft(
         key=(shape, colour, tuple(cells)),
         phrasings=_HOW_MANY,
         answer=Bilingual.same(count),
         fields={"shape": SHAPE_NAMES[shape]},
-        draw=lambda rng: (draw_cells([(shape, colour, cell) for cell in cells], rng),),
+        draw=lambda rng: (draw_cells(placed, rng),),
+        shows=probes.cells(placed, SIDE**2),
     )
 
 
@@ -182,6 +193,7 @@ def _draft_place(rng: Random) -> Draft:
         answer=_PLACES[cell],
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng),),
+        shows=probes.cells(placed, SIDE**2),
     )
 
 
@@ -199,6 +211,7 @@ def _draft_relation(rng: Random) -> Draft:
         answer=SIDES[across, down],
         fields={"shape": SHAPE_NAMES[shapes[0]], "other": SHAPE_NAMES[shapes[1]]},
         draw=lambda rng: (draw_cells(placed, rng),),
+        shows=probes.cells(placed, SIDE**2),
     )
 
 

@@ -46,6 +46,21 @@ MIX: Mapping[str, float] = MappingProxyType(
 )
 """Weight of each task in samples: hard ones, and those with the most to learn, come more often."""
 
+SEE: Mapping[str, float] = MappingProxyType(
+    {
+        "digits": 3,
+        "description": 4,
+        "same": 4,
+        "inventory": 4,
+        "letters": 3,
+        "words": 8,
+        "lines": 8,
+        "ranking": 2,
+        "motion": 3,
+    }
+)
+"""Whatever probes can read, as many things at a time as there are."""
+
 LOOK: Mapping[str, float] = MappingProxyType(
     {
         "digits": 4,

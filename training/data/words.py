@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from chiasm.errors import FailedPrecondition
-from chiasm.training.data.drawing import Rgb, paper, with_noise
+from chiasm.training.data import probes
+from chiasm.training.data.drawing import Rgb, paper, photographed
 from chiasm.training.data.names import Bilingual, Phrasings
 from chiasm.training.data.sample import Draft, Picture, Task
 
@@ -83,6 +84,7 @@ def _draft(rng: Random) -> Draft:
         phrasings=_PHRASINGS,
         answer=Bilingual.same(word),
         draw=lambda rng: (draw(word, rng),),
+        shows=probes.words([word]),
     )
 
 
@@ -119,7 +121,7 @@ def draw(word: str, rng: Random) -> Picture:
     y = _place(HEIGHT - (bottom - top), rng) - top
     sheet = Image.new("RGB", (WIDTH, HEIGHT), paper(rng))
     ImageDraw.Draw(sheet).text((x, y), word, font=_font(face, size), fill=ink(rng))
-    return Picture(with_noise(np.asarray(sheet), rng))
+    return Picture(photographed(np.asarray(sheet), rng))
 
 
 def _place(room: float, rng: Random) -> float:

@@ -1,0 +1,89 @@
+"""What a linear probe can be asked to read off the embeddings of a picture or a video.
+
+A drawing's maker knows everything that it shows, where a question asks for one thing of it. Samples
+carry these labels beside question and answer; the stage that teaches the ViT to see learns from
+them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from chiasm.training.data.names import COLOURS, SHAPES
+
+Labels = Mapping[str, tuple[int, ...]]
+"""By probe: for each of its runs in order, a label per slot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Reads each run of `tokens` consecutive embeddings of a sample; `slots` labels of each."""
+
+    tokens: int
+    classes: int
+    slots: int = 1
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+WORD_LETTERS = 5
+BARS, BAR_LEVELS = 4, 7
+
+PROBES: Mapping[str, Probe] = MappingProxyType(
+    {
+        "shape": Probe(tokens=4, classes=len(SHAPES)),
+        "colour": Probe(tokens=4, classes=len(COLOURS)),
+        "cell_shape": Probe(tokens=1, classes=1 + len(SHAPES)),
+        "cell_colour": Probe(tokens=1, classes=1 + len(COLOURS)),
+        "cell_letter": Probe(tokens=1, classes=len(LETTERS)),
+        "word": Probe(tokens=8, classes=1 + len(LETTERS), slots=WORD_LETTERS),
+        "digit": Probe(tokens=4, classes=10),
+        "bar_colour": Probe(tokens=6, classes=1 + len(COLOURS), slots=BARS),
+        "bar_level": Probe(tokens=6, classes=1 + BAR_LEVELS, slots=BARS),
+        "direction": Probe(tokens=4, classes=4),
+    }
+)
+"""Where something may be missing, class 0 says so."""
+
+
+def figures(shown: Sequence[tuple[str, str]]) -> Labels:
+    """Of pictures of 4 tokens with one figure each: its shape and colour."""
+    colours = tuple(COLOURS)
+    return {
+        "shape": tuple(SHAPES.index(shape) for shape, _ in shown),
+        "colour": tuple(colours.index(colour) for _, colour in shown),
+    }
+
+
+def cells(placed: Sequence[tuple[str, str, int]], num_cells: int) -> Labels:
+    """Of a picture whose tokens are cells: shape, colour and cell of what is in it."""
+    shapes, colours, names = [0] * num_cells, [0] * num_cells, tuple(COLOURS)
+    for shape, colour, cell in placed:
+        shapes[cell] = 1 + SHAPES.index(shape)
+        colours[cell] = 1 + names.index(colour)
+    return {"cell_shape": tuple(shapes), "cell_colour": tuple(colours)}
+
+
+def letters(text: str) -> Labels:
+    """Of a picture with a letter in each cell."""
+    return {"cell_letter": tuple(map(LETTERS.index, text))}
+
+
+def words(shown: Sequence[str]) -> Labels:
+    """Of words of 8 tokens each."""
+    spelt = ([1 + LETTERS.index(letter) for letter in word] for word in shown)
+    return {"word": tuple(label for word in spelt for label in _filled(word, WORD_LETTERS))}
+
+
+def bars(shown: Sequence[tuple[str, int]]) -> Labels:
+    """Of a chart: colour and level of each bar."""
+    names = tuple(COLOURS)
+    return {
+        "bar_colour": _filled([1 + names.index(colour) for colour, _ in shown], BARS),
+        "bar_level": _filled([level for _, level in shown], BARS),
+    }
+
+
+def _filled(labels: Sequence[int], length: int) -> tuple[int, ...]:
+    return (*labels, *[0] * (length - len(labels)))
