@@ -34,7 +34,7 @@ from chiasm.training.score import exact_match, load_entropy
 from chiasm.types import Modality
 
 WHOLE = "whole recipe"
-SAMPLES = 200
+SAMPLES = 100
 _RESULT = "result.json"
 
 
@@ -77,7 +77,7 @@ def _score(model: TrainingModel, directory: Path) -> dict[str, Any]:
     encoder = Encoder.load(directory / "description")
     accuracy: dict[str, float] = {}
     usage: Usage = {}
-    for task in presets.find("ablation").stages[0].mix:
+    for task in presets.find("ablation").stages[-1].mix:
         accuracy[task], chosen = exact_match(model, encoder, task, SAMPLES)
         add_usage(usage, chosen)
     gates = (Modality.TEXT,) if model.shared_pool else tuple(Modality)

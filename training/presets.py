@@ -95,7 +95,7 @@ _BUNDLED = Preset(
             trains=_TEXT_ONLY,
             mix={"sums": 2, "lookup": 2, "recall": 3, "copy": 1},
             batch_tokens=2048,
-            schedule=Schedule(steps=500, warmup=30, peak=6e-4, floor=3e-4),
+            schedule=Schedule(steps=400, warmup=30, peak=6e-4, floor=3e-4),
         ),
         Stage(
             name="sight",
@@ -110,7 +110,7 @@ _BUNDLED = Preset(
             trains=_EVERYTHING,
             mix=MIX,
             batch_tokens=1024,
-            schedule=Schedule(steps=9000, warmup=100, peak=6e-4, floor=1e-5),
+            schedule=Schedule(steps=7600, warmup=100, peak=6e-4, floor=1e-5),
             # Letters have most of the labels: from the start they would drown what text and vision
             # experts have to learn before.
             lessons=(
@@ -162,11 +162,15 @@ _ABLATION = replace(
     _BUNDLED,
     stages=(
         replace(
+            _BUNDLED.stages[2],
+            schedule=Schedule(steps=250, warmup=25, peak=2e-3, floor=1e-4),
+        ),
+        replace(
             _BUNDLED.stages[-1],
             mix={"digits": 2, "description": 4, "colour": 2, "count": 1, "more": 1, "sums": 1},
             lessons=(),
             batch_tokens=2048,
-            schedule=Schedule(steps=700, warmup=60, peak=6e-4, floor=3e-5),
+            schedule=Schedule(steps=350, warmup=40, peak=6e-4, floor=3e-5),
         ),
     ),
     micro_batches=1,

@@ -15,19 +15,20 @@ from transformers import PreTrainedTokenizerFast
 
 from chiasm.errors import InvalidArgument
 from chiasm.model.config import ModelConfig
+from chiasm.model.images import preprocess_image
 from chiasm.model.processing import ProcessingConfig
 from chiasm.model.tokenizer import Tokenizer
 from chiasm.model.video import preprocess_video
 from chiasm.training.data import tokenizer
 from chiasm.training.data.encode import Encoder, Example
-from chiasm.training.data.files import to_mp4
+from chiasm.training.data.files import to_mp4, to_png
 from chiasm.training.data.names import COLOUR_NAMES, SHAPE_NAMES, Language
 from chiasm.training.data.packing import NO_LABEL, Batches, PackedBatch, pack
-from chiasm.training.data.sample import Clip, Sample
+from chiasm.training.data.sample import Clip, Picture, Sample
 from chiasm.training.data.stream import Stream
 from chiasm.training.data.tasks import TASKS
 
-MAX_ANSWER_TOKENS = 5
+MAX_ANSWER_TOKENS = 14
 MAX_PIXEL_CHANGE = 12.0
 """Mean over a frame, in grey levels: what H.264 and halved colour do to sharp edges."""
 
@@ -103,6 +104,19 @@ def test_fields_fit_each_other(checkpoint: Path, encoder: Encoder, task: str) ->
         tail = example.positions[:, example.labels_mask]
         assert torch.equal(tail, tail[:1].expand(3, -1))
         assert (tail.diff() == 1).all()
+
+
+@pytest.mark.parametrize("size", [(56, 56), (112, 56), (200, 130), (28, 300)])
+def test_a_picture_is_prepared_as_a_file_of_it(
+    checkpoint: Path, encoder: Encoder, size: tuple[int, int]
+) -> None:
+    pixels = np.random.default_rng(size).integers(0, 256, (*size, 3), np.uint8)
+    sample = replace(samples("shape", 1)[0], media=(Picture(pixels),), shows={})
+    processing = ProcessingConfig.load(checkpoint, ModelConfig.load(checkpoint))
+    served = preprocess_image(to_png(pixels), processing)
+    example = encoder.encode(sample)
+    assert example.grids == (served.grid,)
+    assert torch.equal(example.pixels, served.pixels)
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 5])

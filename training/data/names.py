@@ -29,6 +29,13 @@ class Bilingual:
         """The words in a language."""
         return self.en if language is Language.ENGLISH else self.zh
 
+    def filled(self, **words: Bilingual) -> Bilingual:
+        """Both with their `str.format` placeholders replaced."""
+        return Bilingual(
+            self.en.format(**{name: word.en for name, word in words.items()}),
+            self.zh.format(**{name: word.zh for name, word in words.items()}),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Phrasings:

@@ -8,6 +8,7 @@ from random import Random
 from chiasm.training.data import probes
 from chiasm.training.data.drawing import Figure, draw_figures, paper, photographed, tint
 from chiasm.training.data.names import (
+    COLOUR_NAMES,
     COLOURS,
     NO,
     SHAPE_NAMES,
@@ -32,6 +33,7 @@ _SAME = {
         zh=("两张图中的颜色相同吗？", "这两张图片的颜色一样吗？"),
     ),
 }
+_VERDICT = Bilingual("{first} and {second}: {verdict}", "{first}和{second}：{verdict}")
 _MORE = Phrasings(
     en=("Which picture has more {shape}s?", "In which picture are there more shapes?"),
     zh=("哪张图里的{shape}更多？", "哪张图片中的图形更多？"),
@@ -54,11 +56,13 @@ def _draft_same(rng: Random) -> Draft:
         name: [rng.choice(kinds)] * 2 if alike[name] else rng.sample(kinds, 2)
         for name, kinds in (("shape", SHAPES), ("colour", tuple(COLOURS)))
     }
+    names = SHAPE_NAMES if asked == "shape" else COLOUR_NAMES
+    first, second = (names[kind] for kind in pairs[asked])
     shown = tuple(zip(pairs["shape"], pairs["colour"], strict=True))
     return Draft(
         key=(asked, shown),
         phrasings=_SAME[asked],
-        answer=YES if alike[asked] else NO,
+        answer=_VERDICT.filled(first=first, second=second, verdict=YES if alike[asked] else NO),
         draw=lambda rng: tuple(_draw_one(shape, colour, rng) for shape, colour in shown),
         shows=probes.figures(shown),
     )

@@ -26,7 +26,7 @@ from chiasm.training.data.names import (
     Phrasings,
 )
 from chiasm.training.data.sample import Draft, Picture, Split, Task
-from chiasm.training.data.scenes import CELL, draw_cells
+from chiasm.training.data.scenes import CELL, IS_COLOUR, draw_cells
 
 _COLUMNS, _ROWS = 3, 2
 _STRAY = 4
@@ -34,6 +34,10 @@ _STRAY = 4
 _LIST = Phrasings(
     en=("List everything in the picture.", "Name all shapes with their colours."),
     zh=("请列出图中所有的图形。", "请说出每个图形和颜色。"),
+)
+_COLOURS = Phrasings(
+    en=("Which colours do they have: {shapes}?",),
+    zh=("{shapes}各是什么颜色？",),
 )
 _SPELL = Phrasings(
     en=("Read all the letters.", "Which letters are these?"),
@@ -69,6 +73,27 @@ def _draft_inventory(rng: Random) -> Draft:
         key=placed,
         phrasings=_LIST,
         answer=listed(names),
+        draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
+        shows=probes.cells(placed, _COLUMNS * _ROWS),
+    )
+
+
+def _draft_colours(rng: Random) -> Draft:
+    """Two to four shapes, asked for in another order."""
+    shapes = rng.sample(SHAPES, rng.randint(2, 4))
+    cells = rng.sample(range(_COLUMNS * _ROWS), len(shapes))
+    placed = tuple(
+        (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
+    )
+    said = [
+        IS_COLOUR.filled(shape=SHAPE_NAMES[shape], colour=COLOUR_NAMES[colour])
+        for shape, colour, _ in placed
+    ]
+    return Draft(
+        key=placed,
+        phrasings=_COLOURS,
+        answer=Bilingual(" ".join(one.en for one in said), "".join(one.zh for one in said)),
+        fields={"shapes": listed([SHAPE_NAMES[shape] for shape in shapes])},
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
         shows=probes.cells(placed, _COLUMNS * _ROWS),
     )
@@ -131,15 +156,15 @@ def _draft_ranking(rng: Random) -> Draft:
 
 
 def _draft_recall(rng: Random) -> Draft:
-    """Everybody's value, asked for in another order."""
+    """All facts again, in another order."""
     while texts.LOOKUP.split_of((facts := texts.any_facts(rng)).key) is not Split.TRAIN:
         pass
     asked = rng.sample(facts.pairs, len(facts.pairs))
     return Draft(
         key=(facts.key, tuple(name.en for name, _ in asked)),
         phrasings=texts.ALL_NUMBERS if facts.is_number else texts.ALL_COLOURS,
-        answer=listed([value for _, value in asked]),
-        fields={"facts": facts.told, "names": listed([name for name, _ in asked])},
+        answer=facts.told(asked),
+        fields={"facts": facts.told(facts.pairs), "names": listed([name for name, _ in asked])},
     )
 
 
@@ -147,6 +172,7 @@ TASKS = tuple(
     Task(name=name, threshold=0.9, draft=draft)
     for name, draft in (
         ("inventory", _draft_inventory),
+        ("colours", _draft_colours),
         ("letters", _draft_letters),
         ("lines", _draft_lines),
         ("ranking", _draft_ranking),

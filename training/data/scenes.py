@@ -79,16 +79,22 @@ _RELATION = Phrasings(
     ),
 )
 
-_PLACES = {
-    0: Bilingual("top left", "左上"),
-    2: Bilingual("top right", "右上"),
-    4: Bilingual("centre", "中间"),
-    6: Bilingual("bottom left", "左下"),
-    8: Bilingual("bottom right", "右下"),
+# Answers are sentences that name what was asked for first: what it is like is then found by the
+# word just said, where an answer of one word has to find both at once.
+IS_COLOUR = Bilingual("The {shape} is {colour}.", "{shape}是{colour}。")
+_IS_AT = Bilingual("The {shape} is {place}.", "{shape}在{place}。")
+_IS_BESIDE = Bilingual("The {shape} is {side} the {other}.", "{shape}在{other}的{side}。")
+
+PLACES = {
+    0: Bilingual("at the top left", "左上"),
+    2: Bilingual("at the top right", "右上"),
+    4: Bilingual("in the centre", "中间"),
+    6: Bilingual("at the bottom left", "左下"),
+    8: Bilingual("at the bottom right", "右下"),
 }
 SIDES = {
-    (-1, 0): Bilingual("left", "左边"),
-    (1, 0): Bilingual("right", "右边"),
+    (-1, 0): Bilingual("left of", "左边"),
+    (1, 0): Bilingual("right of", "右边"),
     (0, -1): Bilingual("above", "上面"),
     (0, 1): Bilingual("below", "下面"),
 }
@@ -130,11 +136,8 @@ def _draft_alone(rng: Random, phrasings: Phrasings, form: str) -> Draft:
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
     part = rng.randrange(_PARTS**2)
     (side,) = rng.choices(tuple(_SIDES), tuple(_SIDES.values()))
-    words = {"shape": SHAPE_NAMES[shape], "colour": COLOUR_NAMES[colour]}
-    answer = Bilingual(
-        form.format(**{name: word.en for name, word in words.items()}),
-        form.replace(" ", "").format(**{name: word.zh for name, word in words.items()}),
-    )
+    both = Bilingual(form, form.replace(" ", ""))
+    answer = both.filled(shape=SHAPE_NAMES[shape], colour=COLOUR_NAMES[colour])
     return Draft(
         key=(shape, colour, part),
         phrasings=phrasings,
@@ -160,7 +163,7 @@ def _draft_colour(rng: Random) -> Draft:
     return Draft(
         key=placed,
         phrasings=_WHAT_COLOUR,
-        answer=COLOUR_NAMES[colour],
+        answer=IS_COLOUR.filled(shape=SHAPE_NAMES[shape], colour=COLOUR_NAMES[colour]),
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng, rows=2),),
         shows=probes.cells(placed, 2 * SIDE),
@@ -183,14 +186,14 @@ def _draft_count(rng: Random) -> Draft:
 
 
 def _draft_place(rng: Random) -> Draft:
-    cell, away = rng.choice(tuple(_PLACES)), rng.randrange(SIDE**2 - 1)
+    cell, away = rng.choice(tuple(PLACES)), rng.randrange(SIDE**2 - 1)
     away += away >= cell
     shape, other = rng.sample(SHAPES, 2)
     placed = tuple((s, rng.choice(tuple(COLOURS)), c) for s, c in ((shape, cell), (other, away)))
     return Draft(
         key=placed,
         phrasings=_WHERE,
-        answer=_PLACES[cell],
+        answer=_IS_AT.filled(shape=SHAPE_NAMES[shape], place=PLACES[cell]),
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng),),
         shows=probes.cells(placed, SIDE**2),
@@ -205,11 +208,12 @@ def _draft_relation(rng: Random) -> Draft:
     cells = [SIDE * line + at if across else SIDE * at + line for at in (near, far)]
     shapes = rng.sample(SHAPES, 2)
     placed = tuple((s, rng.choice(tuple(COLOURS)), c) for s, c in zip(shapes, cells, strict=True))
+    named = {"shape": SHAPE_NAMES[shapes[0]], "other": SHAPE_NAMES[shapes[1]]}
     return Draft(
         key=placed,
         phrasings=_RELATION,
-        answer=SIDES[across, down],
-        fields={"shape": SHAPE_NAMES[shapes[0]], "other": SHAPE_NAMES[shapes[1]]},
+        answer=_IS_BESIDE.filled(side=SIDES[across, down], **named),
+        fields=named,
         draw=lambda rng: (draw_cells(placed, rng),),
         shows=probes.cells(placed, SIDE**2),
     )

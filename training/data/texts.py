@@ -6,6 +6,7 @@ Held out are sums (two numbers and what is done with them), sets of facts, and c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -98,14 +99,11 @@ class Facts:
     def key(self) -> Key:
         return tuple((name.en, value.en) for name, value in self.pairs)
 
-    @property
-    def told(self) -> Bilingual:
-        """All of them as sentences."""
+    def told(self, pairs: Sequence[tuple[Bilingual, Bilingual]]) -> Bilingual:
+        """Some of them as sentences."""
         form = _HAS if self.is_number else _LIKES
-        return Bilingual(
-            " ".join(form.en.format(name=name.en, value=value.en) for name, value in self.pairs),
-            "".join(form.zh.format(name=name.zh, value=value.zh) for name, value in self.pairs),
-        )
+        said = [form.filled(name=name, value=value) for name, value in pairs]
+        return Bilingual(" ".join(one.en for one in said), "".join(one.zh for one in said))
 
 
 def any_facts(rng: Random) -> Facts:
@@ -122,12 +120,12 @@ def any_facts(rng: Random) -> Facts:
 
 def _draft_lookup(rng: Random) -> Draft:
     facts = any_facts(rng)
-    name, value = rng.choice(facts.pairs)
+    asked = rng.choice(facts.pairs)
     return Draft(
         key=facts.key,
         phrasings=_HOW_MANY if facts.is_number else _WHICH_COLOUR,
-        answer=value,
-        fields={"facts": facts.told, "name": name},
+        answer=facts.told([asked]),
+        fields={"facts": facts.told(facts.pairs), "name": asked[0]},
     )
 
 
