@@ -353,53 +353,6 @@ def test_lessons_are_mixes(mix: Mapping[str, float]) -> None:
     Stream(mix)
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-def test_practice_shares_nothing_with_what_is_held_out(seed: int) -> None:
-    words, lookup = TASKS["words"], TASKS["lookup"]
-    for sample in islice(Stream({"lines": 1}, seed=seed).samples(), 60):
-        shown = sample.answer.split(" ")
-        assert len(shown) == 2
-        assert all(words.split_of((word,)) is Split.TRAIN for word in shown)
-    for sample in islice(Stream({"recall": 1}, seed=seed).samples(), 60):
-        facts, asked = sample.key
-        told = looking.question(sample)
-        assert all(name in told for name in asked) or sample.language is Language.CHINESE
-        assert len(re.findall("[.。]", sample.answer)) == len(asked)
-        assert lookup.split_of(facts) is Split.TRAIN
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_long_answers_tell_what_is_there(seed: int) -> None:
-    for sample in islice(Stream({"inventory": 1}, seed=seed).samples(), 20):
-        names = sample.answer.split(", " if sample.language is Language.ENGLISH else "、")
-        assert [
-            name.count(COLOUR_NAMES[c].of(sample.language))
-            for name, (_, c, _) in zip(names, sample.key, strict=True)
-        ] == [1] * len(names)
-    for sample in islice(Stream({"colours": 1}, seed=seed).samples(), 20):
-        is_english = sample.language is Language.ENGLISH
-        sentences = re.findall(r"[^.。]+[.。]", sample.answer)
-        assert [sentence.strip() for sentence in sentences] == [
-            said(
-                sample,
-                "The {} is {}.",
-                "{}是{}。",
-                shape,
-                COLOUR_NAMES[colour].en if is_english else COLOUR_NAMES[colour].zh,
-            )
-            for shape, colour, _ in sample.key
-        ]
-    for sample in islice(Stream({"ranking": 1}, seed=seed).samples(), 20):
-        levels = {COLOUR_NAMES[colour].of(sample.language): level for colour, level in sample.key}
-        named = sample.answer.split(", " if sample.language is Language.ENGLISH else "、")
-        heights = [levels[name] for name in named]
-        assert heights == sorted(levels.values(), reverse=True)
-    for sample in islice(Stream({"letters": 1}, seed=seed).samples(), 5):
-        (picture,) = sample.media
-        assert pixels_of(picture).shape == (56, 112, 3)
-        assert len(sample.answer) == 8
-
-
 @pytest.mark.parametrize("mix", [{}, {"chess": 1.0}, {"sums": 0.0}, {"sums": float("nan")}])
 def test_what_is_no_mix(mix: dict[str, float]) -> None:
     with pytest.raises(InvalidArgument) as caught:
