@@ -176,9 +176,9 @@ def test_a_client_refuses_a_key_that_cannot_travel(key: str) -> None:
 
 
 async def test_gateway_with_keys_and_tls(tiny_checkpoint: Path, keys: Path, tmp_path: Path) -> None:
-    """The real program, the client and the command."""
+    """The real program, the client and the commands."""
     files = Authority.new(tmp_path / "pki").issue("localhost", "127.0.0.1")
-    flags = ["--model", str(tiny_checkpoint), "--api-keys", str(keys)]
+    flags = ["--model", str(tiny_checkpoint), "--api-keys", str(keys), "--keyless", "none"]
     flags += ["--public-tls-cert", str(files.cert), "--public-tls-key", str(files.key)]
     trusted = TlsFiles(ca=files.ca)
     with processes.running("chiasm.services.gateway", *flags) as gateway:
@@ -193,17 +193,26 @@ async def test_gateway_with_keys_and_tls(tiny_checkpoint: Path, keys: Path, tmp_
         async with AsyncClient(gateway.address, tls=trusted, api_key="wrong") as client:
             with pytest.raises(errors.Unauthenticated):
                 await client.get_model()
+            with pytest.raises(errors.Unauthenticated):
+                await client.wait_ready()
+        stranger = Client(gateway.address, tls=trusted, api_key="wrong")
+        with stranger, pytest.raises(errors.Unauthenticated):
+            stranger.wait_ready()
         with Client(gateway.address) as plain, pytest.raises(errors.Unavailable):
             plain.get_model(timeout_s=3)
-        command = [sys.executable, "-m", "chiasm", "generate", "--endpoint", gateway.address]
-        command += ["--prompt", "x", "--timeout", "20", "--tls-ca", str(files.ca)]
-        refused = await asyncio.to_thread(
-            subprocess.run,
-            command,
-            capture_output=True,
-            check=False,
-            timeout=60,
-            env={**os.environ, "CHIASM_API_KEY": "wrong"},
-        )
-        assert refused.returncode == 1
-        assert b"error: the API key is not known" in refused.stderr
+        for command in (["generate", "--prompt", "x"], ["eval"], ["bench", "serve"]):
+            program = [sys.executable, "-m", "chiasm", *command, "--endpoint", gateway.address]
+            refused = await asyncio.to_thread(
+                subprocess.run,
+                program,
+                capture_output=True,
+                check=False,
+                timeout=60,
+                env={
+                    **os.environ,
+                    "CHIASM_API_KEY": "wrong",
+                    "CHIASM_TLS_CA": str(files.ca),
+                },
+            )
+            assert refused.returncode == 1, command
+            assert b"error: the API key is not known" in refused.stderr, command

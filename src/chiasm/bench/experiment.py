@@ -174,6 +174,8 @@ def connector(options: BenchOptions) -> Connect:
                 has_images=has_images,
                 temperature=options.temperature,
                 ignore_eos=options.ignore_eos,
+                tls=options.gateway_tls,
+                api_key=options.gateway_key,
             )
         try:
             yield backend

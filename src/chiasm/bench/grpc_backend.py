@@ -13,6 +13,7 @@ from chiasm import client, errors
 from chiasm.bench import content
 from chiasm.bench.backend import Call, Done, Event, Exchange, RequestFailed, Tokens
 from chiasm.bench.workload import Picture, Turn
+from chiasm.types import TlsFiles
 
 READY_TIMEOUT_S = 30.0
 _FIRST_ID = 3
@@ -47,10 +48,18 @@ class GrpcBackend:
 
     @classmethod
     async def connect(
-        cls, endpoint: str, *, form: Form, has_images: bool, temperature: float, ignore_eos: bool
+        cls,
+        endpoint: str,
+        *,
+        form: Form,
+        has_images: bool,
+        temperature: float,
+        ignore_eos: bool,
+        tls: TlsFiles | None = None,
+        api_key: str = "",
     ) -> GrpcBackend:
         """Waits until the gateway serves and learns its token ids. Raises chiasm.errors."""
-        connection = client.AsyncClient(endpoint)
+        connection = client.AsyncClient(endpoint, tls=tls, api_key=api_key)
         try:
             await connection.wait_ready(READY_TIMEOUT_S)
             ids = await _probe(connection, has_images=has_images)

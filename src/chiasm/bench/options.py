@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, AliasChoices, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from chiasm.bench import lengths
 from chiasm.bench.records import MAX_REQUESTS
@@ -16,6 +22,8 @@ from chiasm.bench.sweep import MAX_CONCURRENCY, Point
 from chiasm.bench.sweep import parse as parse_points
 from chiasm.bench.trace import MAX_IMAGE_SIDE, MAX_IMAGES
 from chiasm.bench.workload import RandomWorkload, Size
+from chiasm.transport import tls as credentials
+from chiasm.types import TlsFiles
 
 DEFAULT_NUM_REQUESTS = 100
 
@@ -92,6 +100,13 @@ class WorkloadOptions(BaseSettings):
         )
 
 
+class _TlsEnvironment(EnvSettingsSource):
+    """CHIASM_TLS_CA and its kin, as all commands read them; of their other variables none."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__().items() if "tls_" in name}
+
+
 class BenchOptions(WorkloadOptions):
     """Measures a running system under load, in a closed loop or an open one.
 
@@ -108,7 +123,20 @@ class BenchOptions(WorkloadOptions):
         [], description="NAME=ENDPOINT, twice or more: measured in turns, instead of --endpoint."
     )
     model: str = Field("", description="Model to ask an OpenAI server for; empty: its first.")
-    api_key: SecretStr = Field(SecretStr(""), description="Bearer token for an OpenAI server.")
+    api_key: SecretStr = Field(
+        SecretStr(""),
+        description="Bearer token for the servers; for gateways also CHIASM_API_KEY. Better set a "
+        "variable: others can see flags.",
+    )
+    tls: bool = Field(False, description="Encrypt calls of gateways; --tls-ca does so by itself.")
+    tls_ca: Path | None = Field(
+        None, description="PEM certificate of the gateways' CA; unset: well-known ones."
+    )
+    tls_cert: Path | None = Field(None, description="PEM certificate to show.")
+    tls_key: Path | None = Field(None, description="PEM key of --tls-cert.")
+    tls_name: str = Field(
+        "", description="Name in the gateways' certificate; unset: the host that is called."
+    )
 
     concurrency: int | None = Field(
         None, ge=1, le=MAX_CONCURRENCY, description="Closed loop: requests in flight. Default 1."
@@ -161,6 +189,33 @@ class BenchOptions(WorkloadOptions):
         if self.compare and (len(names) < 2 or len(set(names)) < len(names)):
             raise ValueError("--compare is given at least twice, with different names")
         return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _TlsEnvironment(settings_cls, env_prefix="CHIASM_")
+
+    @property
+    def gateway_key(self) -> str:
+        """The API key for gateways. What only they should know is not sent to other servers."""
+        return self.api_key.get_secret_value() or os.environ.get("CHIASM_API_KEY", "")
+
+    @property
+    def gateway_tls(self) -> TlsFiles | None:
+        """With what gateways are called; None: plain text. Raises InvalidArgument."""
+        return credentials.of_client(
+            encrypts=self.tls,
+            ca=self.tls_ca,
+            cert=self.tls_cert,
+            key=self.tls_key,
+            name=self.tls_name,
+        )
 
     @property
     def endpoints(self) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from chiasm.types import MediaKind
 _HELP = "/image PATH, /video PATH add a file to the next message; /reset forgets; /quit ends"
 
 
+@connection.options
 def chat(
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 1024,
@@ -27,19 +28,14 @@ def chat(
         bool, typer.Option("--enable-thinking", help="Let the model think first.")
     ] = False,
     timeout: Timeout = 600.0,
-    tls: connection.Tls = False,
-    tls_ca: connection.TlsCa = None,
-    tls_cert: connection.TlsCert = None,
-    tls_key: connection.TlsKey = None,
-    tls_name: connection.TlsName = "",
-    api_key: connection.ApiKey = "",
+    *,
+    access: connection.Access,
 ) -> None:
     """Talks with the model until /quit or the end of the input."""
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     console = Console(highlight=False, soft_wrap=True)
     with failures.reported():
-        files = connection.files(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, name=tls_name)
-        client = Client(endpoint, timeout_s=timeout, tls=files, api_key=api_key)
+        client = Client(endpoint, timeout_s=timeout, tls=access.files(), api_key=access.api_key)
     with client:
         with failures.reported():
             name = client.get_model().name

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chiasm import errors
-from chiasm.cli import failures
+from chiasm.cli import connection, failures
 from chiasm.cli.generate import DEFAULT_ENDPOINT, Endpoint
 from chiasm.client import AsyncClient
 
@@ -24,12 +24,15 @@ WIDTH = 100
 """Of the table where there is no terminal."""
 
 
+@connection.options
 def evaluate(
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     samples: Annotated[int, typer.Option(help="Questions of each task.")] = 200,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here, too.")
     ] = None,
+    *,
+    access: connection.Access,
 ) -> None:
     """Asks a running system questions that its bundled model never trained on, task by task.
 
@@ -39,7 +42,7 @@ def evaluate(
     with failures.reported():
         if json_file is not None and not json_file.parent.is_dir():
             raise errors.InvalidArgument("--json", f"there is no folder {str(json_file.parent)!r}")
-        scores = asyncio.run(_evaluate(endpoint, samples))
+        scores = asyncio.run(_evaluate(endpoint, access, samples))
         width = None if Console().is_terminal else WIDTH
         Console(highlight=False, width=width).print(table(scores))
         if json_file is not None:
@@ -48,11 +51,11 @@ def evaluate(
         raise typer.Exit(failures.FAILED)
 
 
-async def _evaluate(endpoint: str, num_samples: int) -> list[Score]:
+async def _evaluate(endpoint: str, access: connection.Access, num_samples: int) -> list[Score]:
     from chiasm.training.evaluate import evaluate
 
     status = Console(stderr=True).status("asking")
-    async with AsyncClient(endpoint) as client:
+    async with AsyncClient(endpoint, tls=access.files(), api_key=access.api_key) as client:
         await client.wait_ready()
         with status:
             return await evaluate(

@@ -24,6 +24,7 @@ Endpoint = Annotated[
 Timeout = Annotated[float, typer.Option(help="Seconds the whole request may take.")]
 
 
+@connection.options
 def generate(
     context: typer.Context,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
@@ -50,15 +51,11 @@ def generate(
     thinking_budget: options.ThinkingBudget = None,
     enable_thinking: options.EnableThinking = False,
     timeout: Timeout = 600.0,
-    tls: connection.Tls = False,
-    tls_ca: connection.TlsCa = None,
-    tls_cert: connection.TlsCert = None,
-    tls_key: connection.TlsKey = None,
-    tls_name: connection.TlsName = "",
-    api_key: connection.ApiKey = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
     ] = False,
+    *,
+    access: connection.Access,
 ) -> None:
     """Sends one request to a gateway and prints the answer.
 
@@ -75,8 +72,8 @@ def generate(
             request = build_prompt(
                 prompt, messages_json, prompt_token_ids, image or (), video or ()
             )
-            files = connection.files(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, name=tls_name)
-            with Client(endpoint, timeout_s=timeout, tls=files, api_key=api_key) as client:
+            files, key = access.files(), access.api_key
+            with Client(endpoint, timeout_s=timeout, tls=files, api_key=key) as client:
                 show = _print_json if as_json else _stream
                 show(client, request, sampling, enable_thinking)
     finally:

@@ -25,6 +25,7 @@ CONNECT_TIMEOUT_S = 5.0
 REFRESH_S = 0.5
 
 
+@connection.options
 def status(
     endpoint: Annotated[
         str,
@@ -36,11 +37,8 @@ def status(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow changes until Ctrl-C.")] = False,
-    tls: connection.Tls = False,
-    tls_ca: connection.TlsCa = None,
-    tls_cert: connection.TlsCert = None,
-    tls_key: connection.TlsKey = None,
-    tls_name: connection.TlsName = "",
+    *,
+    access: connection.TlsOptions,
 ) -> None:
     """Shows the members of a running system: role, address, state, shards, metrics."""
     logs.configure("status", level="error")
@@ -48,8 +46,7 @@ def status(
         address = endpoint or running.find()
         if not address:
             raise errors.Unavailable("no running `chiasm up` found; name one with --endpoint")
-        peers = connection.files(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key, name=tls_name)
-        credentials.use(port=None, peers=peers)
+        credentials.use(port=None, peers=access.files())
         try:
             asyncio.run(_status(address, as_json=as_json, watch=watch))
         except KeyboardInterrupt:

@@ -150,7 +150,10 @@ class AsyncClient:
         return codec.model(answer)
 
     async def wait_ready(self, timeout_s: float = calls.SHORT_TIMEOUT_S) -> None:
-        """Returns once the gateway says SERVING; raises Unavailable if that takes too long."""
+        """Returns once the gateway says SERVING.
+
+        Raises Unavailable if that takes too long, Unauthenticated for a key that is not known.
+        """
         health = health_pb2_grpc.HealthStub(self._channel)
         request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
         polls = calls.Polls(timeout_s, self._endpoint)
@@ -159,8 +162,8 @@ class AsyncClient:
                 answer = await health.Check(
                     request, timeout=polls.left_s(), metadata=self._credentials
                 )
-            except grpc.RpcError:
-                pass
+            except grpc.RpcError as error:
+                polls.failed(error)
             else:
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return

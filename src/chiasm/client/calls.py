@@ -121,6 +121,12 @@ class Polls:
             )
         return left
 
+    def failed(self, error: grpc.RpcError) -> None:
+        """A try that did not reach it. Raises Unauthenticated: no other try would do better."""
+        found = status.from_rpc_error(error)
+        if isinstance(found, errors.Unauthenticated):
+            raise found from None
+
     def pause_s(self) -> float:
         """Seconds to sleep before the next try."""
         return min(_POLL_S, self.left_s())

@@ -53,6 +53,22 @@ def of_peers() -> TlsFiles | None:
     return _process.peers
 
 
+def of_client(
+    *, encrypts: bool, ca: Path | None, cert: Path | None, key: Path | None, name: str
+) -> TlsFiles | None:
+    """With what a client calls a system, from its options; None: plain text.
+
+    encrypts: also without any file. Raises InvalidArgument for files that cannot be used.
+    """
+    if (cert is None) != (key is None):
+        raise errors.InvalidArgument("", "--tls-cert and --tls-key belong together")
+    if not encrypts and ca is None and cert is None:
+        return None
+    files = TlsFiles(ca=ca, cert=cert, key=key, name=name)
+    check(files)
+    return files
+
+
 def check(files: TlsFiles) -> None:
     """Raises InvalidArgument unless the files are there, are PEM, and key and certificate match."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
