@@ -2,10 +2,10 @@
 
 | pool | demand | strain |
 |---|---|---|
-| encoder | work of the patches that arrive in a second, and of those queued over `target_s` | age of the oldest item over `target_s`, while items outnumber encoders |
-| vision experts | the same of vision tokens: those of prompts in hand, and those that the encoders' queues will become | none |
-| text experts | dispatches in flight, waiting ones included: their rate x their time (Little's law) | mean wait for the compute thread over `target_s` |
-| decoder | KV cache and places of the batch in use, and what the waiting requests will take | mean step over `target_s`, while requests share decoders |
+| encoder | work of the patches that arrive in a second, and of those queued over `target_s`; while no encoder is there, of the items that gateways take in and hold | age of the oldest item over `target_s`, while items outnumber encoders |
+| vision experts | the same of vision tokens: those of prompts in hand, and those that the items before them will become | none |
+| text experts | dispatches in flight, waiting ones included: their rate x their time (Little's law); or, if that is more, text tokens of the answers that are asked for in a second | mean wait for the compute thread over `target_s` |
+| decoder | KV cache and places of the batch in use, and what the waiting requests will take; or, if that is more, places of the answers asked for: their rate x the time they hold one | mean step over `target_s`, while requests share decoders |
 
 Demand does not depend on the number of replicas; strain is what this number of them suffers.
 """  # noqa: E501 # a table
@@ -47,11 +47,20 @@ class Span(Generic[LoadT_co]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What an answer takes on average: held_s of a place in a decoder's batch, and text tokens."""
+
+    held_s: float
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
     """Loads as they stand, and what was done of late, by member_id.
 
-    patch_s, vision_token_s: time of a replica per patch, and per vision token of a prompt.
-    item_patches: patches of a media item. None while they have not been measured.
+    patch_s, vision_token_s, text_token_s: time of a replica per patch, per vision token of a
+    prompt, and per text token. item_patches: patches of a media item. plain_cost, media_cost: of
+    answers to prompts without and with media. None while they have not been measured.
     """
 
     pools: Mapping[str, Pool | None]
@@ -59,7 +68,10 @@ class Moment:
     spans: Mapping[str, Span[Load]]
     patch_s: float | None = None
     vision_token_s: float | None = None
+    text_token_s: float | None = None
     item_patches: float | None = None
+    plain_cost: Cost | None = None
+    media_cost: Cost | None = None
 
     def of(self, kind: type[LoadT]) -> Sequence[LoadT]:
         """The loads of one kind."""
@@ -103,7 +115,7 @@ def is_wanted(pool: Pool, moment: Moment) -> bool:
 
 def _encoder(moment: Moment, config: PoolConfig, replicas: int) -> Demand:
     loads = moment.of(EncoderLoad)
-    parked = sum(load.waiting_encoder for load in moment.of(GatewayLoad))
+    parked = _parked(moment)
     items = parked + sum(load.queued_items for load in loads)
     oldest_s = max((load.oldest_wait_s for load in loads), default=0.0)
     strain = oldest_s / config.target_s if items > replicas else 0.0
@@ -119,7 +131,9 @@ def _encoder(moment: Moment, config: PoolConfig, replicas: int) -> Demand:
 
 def _vision_experts(moment: Moment, config: PoolConfig, replicas: int) -> Demand:
     tokens = sum(load.queued_vision_tokens for load in moment.of(DecoderLoad))
-    tokens += sum(load.queued_patches for load in moment.of(EncoderLoad)) // PATCHES_PER_TOKEN
+    patches = sum(load.queued_patches for load in moment.of(EncoderLoad))
+    patches += round(_parked(moment) * (moment.item_patches or 0.0))
+    tokens += patches // PATCHES_PER_TOKEN
     busy = _busy(moment, Pool.VISION_EXPERTS)
     if moment.vision_token_s is None:
         return Demand(replicas=max(busy, UNKNOWN_PACE_USE * replicas if tokens else 0.0))
@@ -133,11 +147,12 @@ def _text_experts(moment: Moment, config: PoolConfig, replicas: int) -> Demand:
     busy = _busy(moment, Pool.TEXT_EXPERTS)
     waiting = sum(span.done.queue_s_total / span.seconds for span in spans)
     dispatches = sum(span.done.dispatches_total for span in spans)
+    coming = _coming(moment).tokens * (moment.text_token_s or 0.0)
     # Waiting beside idle servers is a matter of the machine, not of their number.
     if not dispatches or busy < config.down * replicas:
-        return Demand(replicas=busy)
+        return Demand(replicas=max(busy, coming))
     wait_s = sum(span.done.queue_s_total for span in spans) / dispatches
-    return Demand(replicas=busy + waiting, strain=wait_s / config.target_s)
+    return Demand(replicas=max(busy + waiting, coming), strain=wait_s / config.target_s)
 
 
 def _decoder(moment: Moment, config: PoolConfig, replicas: int) -> Demand:
@@ -153,12 +168,15 @@ def _decoder(moment: Moment, config: PoolConfig, replicas: int) -> Demand:
     )
     each = used / running if running else 0.0
     places = sum(load.max_running_requests for load in loads) / len(loads)
+    share = max(each / capacity, 1 / places if places else 0.0)
     spans = [span.done for span in moment.done(DecoderLoad)]
     steps = sum(done.steps_total for done in spans)
     step_s = sum(done.step_s_total for done in spans) / steps if steps else 0.0
     return Demand(
         replicas=max(
-            (used + waiting * each) / capacity, (running + waiting) / places if places else 0.0
+            (used + waiting * each) / capacity,
+            (running + waiting) / places if places else 0.0,
+            _coming(moment).held_s * share,
         ),
         strain=step_s / config.target_s if running > replicas else 0.0,
     )
@@ -169,9 +187,41 @@ def _busy(moment: Moment, pool: Pool) -> float:
     return sum(span.done.compute_s_total / span.seconds for span in moment.done(ExpertLoad, pool))
 
 
+def _parked(moment: Moment) -> int:
+    """Media items that wait in gateways, because no encoder is there."""
+    return sum(load.waiting_encoder for load in moment.of(GatewayLoad))
+
+
 def _arriving_patches(moment: Moment) -> float:
-    """Patches that were admitted in a second, over all encoders."""
-    return sum(span.done.admitted_patches_total / span.seconds for span in moment.done(EncoderLoad))
+    """Patches that arrive in a second: admitted by encoders, or, while there are none, of the items
+    that gateways take in."""
+    admitted = moment.done(EncoderLoad)
+    arriving = sum(span.done.admitted_patches_total / span.seconds for span in admitted)
+    if _parked(moment) and moment.item_patches is not None:
+        items = moment.done(GatewayLoad)
+        per_s = sum(span.done.media_items_total / span.seconds for span in items)
+        arriving += per_s * moment.item_patches
+    return arriving
+
+
+def _coming(moment: Moment) -> Cost:
+    """What the answers that are asked for in a second will take, one second's worth.
+
+    The gateways see a burst before it has passed encoders and vision experts. Where one kind of
+    answer has not been measured yet, the other stands in.
+    """
+    held_s = tokens = 0.0
+    plain, media = moment.plain_cost, moment.media_cost
+    for span in moment.done(GatewayLoad):
+        asked = span.done
+        for count, cost in (
+            (asked.plain_answers_total, plain or media),
+            (asked.media_answers_total, media or plain),
+        ):
+            if cost is not None:
+                held_s += count / span.seconds * cost.held_s
+                tokens += count / span.seconds * cost.tokens
+    return Cost(held_s=held_s, tokens=tokens)
 
 
 _DEMANDS = {

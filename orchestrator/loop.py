@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import structlog
 
@@ -119,7 +119,7 @@ class ScalingLoop:
         await self._placer.step(
             topology,
             loads,
-            leaving=self._retirements.members() if self._retirements is not None else (),
+            leaving=self._leaving(topology),
             expected={m: self._replicas[p] for m, p in EXPERT_POOLS.items() if p in self._replicas},
         )
         if self._retirements is not None:
@@ -128,6 +128,11 @@ class ScalingLoop:
             except errors.ChiasmError as error:
                 log.warning("not_retired", error=error.message[:256])
         await self._servers.keep({member.address for member in topology.members})
+
+    def _leaving(self, topology: Topology) -> Collection[str]:
+        """member_ids of those that shall end up with no shards: by their own word, or retired."""
+        leaving = {member.member_id for member in topology.members if member.leaving}
+        return leaving.union(self._retirements.members() if self._retirements is not None else ())
 
     async def close(self) -> None:
         """Closes connections and the backend."""

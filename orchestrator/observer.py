@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from chiasm.load import DecoderLoad, EncoderLoad, ExpertLoad, Load, ShardLoad
 from chiasm.membership import MemberInfo, Role, Topology
-from chiasm.orchestrator.demand import Demand, Moment, Span, demand, is_wanted
+from chiasm.orchestrator.demand import Cost, Demand, Moment, Span, demand, is_wanted
 from chiasm.orchestrator.types import LoadReport, Pool, PoolConfig, Signals, pool_of
 from chiasm.types import Modality
 
@@ -17,8 +17,8 @@ MEMORY_S = 60.0
 
 _SOURCES: Mapping[Pool, frozenset[Role]] = {
     Pool.ENCODER: frozenset({Role.GATEWAY, Role.VISION_ENCODER}),
-    Pool.DECODER: frozenset({Role.DECODER}),
-    Pool.TEXT_EXPERTS: frozenset({Role.EXPERT_POOL}),
+    Pool.DECODER: frozenset({Role.GATEWAY, Role.DECODER}),
+    Pool.TEXT_EXPERTS: frozenset({Role.GATEWAY, Role.EXPERT_POOL}),
     Pool.VISION_EXPERTS: frozenset(Role),
 }
 """Whose reports the demand of a pool is made from."""
@@ -63,7 +63,9 @@ class Observer:
         self._ready_since: dict[str, float] = {}
         self._last: dict[str, LoadReport] = {}
         self._spans: dict[str, Span[Load]] = {}
-        self._patch_pace, self._token_pace, self._item_size = _Ratio(), _Ratio(), _Ratio()
+        self._patch_pace, self._item_size = _Ratio(), _Ratio()
+        self._token_pace = {modality: _Ratio() for modality in Modality}
+        self._plain, self._media = _Costs(), _Costs()
         self._shards: dict[Modality, dict[int, float]] = {m: {} for m in Modality}
         self._floors = dict.fromkeys(Pool, 1)
 
@@ -80,8 +82,11 @@ class Observer:
             loads={i: r.load for i, r in signals.loads.items() if i in members},
             spans=dict(self._spans),
             patch_s=self._patch_pace.value,
-            vision_token_s=self._token_pace.value,
+            vision_token_s=self._token_pace[Modality.VISION].value,
+            text_token_s=self._token_pace[Modality.TEXT].value,
             item_patches=self._item_size.value,
+            plain_cost=self._plain.cost,
+            media_cost=self._media.cost,
         )
         return Observation(
             at=signals.at,
@@ -118,7 +123,8 @@ class Observer:
 
     def _forget(self, elapsed_s: float) -> None:
         factor = math.exp(-elapsed_s / MEMORY_S)
-        for ratio in (self._patch_pace, self._token_pace, self._item_size):
+        ratios = (self._patch_pace, self._item_size, *self._token_pace.values())
+        for ratio in (*ratios, *self._plain.ratios, *self._media.ratios):
             ratio.fade(factor)
         for loads in self._shards.values():
             for shard in loads:
@@ -143,10 +149,16 @@ class Observer:
             case EncoderLoad() if self._is_warm(member, Pool.ENCODER):
                 self._patch_pace.add(done.encoded_patches_total, done.busy_s_total)
             case DecoderLoad():
-                self._token_pace.add(done.vision_tokens_total, 0.0)
+                self._token_pace[Modality.VISION].add(done.vision_tokens_total, 0.0)
+                self._token_pace[Modality.TEXT].add(done.text_tokens_total, 0.0)
+                self._plain.add(
+                    done.plain_answers_total, done.plain_held_s_total, done.plain_tokens_total
+                )
+                self._media.add(
+                    done.media_answers_total, done.media_held_s_total, done.media_tokens_total
+                )
             case ExpertLoad() if pool is not None and pool.modality is not None:
-                if pool is Pool.VISION_EXPERTS:
-                    self._token_pace.add(0, done.compute_s_total)
+                self._token_pace[pool.modality].add(0, done.compute_s_total)
                 loads = self._shards[pool.modality]
                 for shard in done.shards:
                     loads[shard.shard] = loads.get(shard.shard, 0.0) + shard.compute_s_total
@@ -204,6 +216,27 @@ class _Ratio:
         """What was added so far weighs less from now on; the value stays."""
         self._below *= factor
         self._above *= factor
+
+
+class _Costs:
+    """What answers of one kind have taken of late."""
+
+    def __init__(self) -> None:
+        self.ratios = (_Ratio(), _Ratio())
+
+    def add(self, answers: int, held_s: float, tokens: int) -> None:
+        """Answers that ended, and their sums."""
+        held, computed = self.ratios
+        held.add(answers, held_s)
+        computed.add(answers, tokens)
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of one answer; None while none has ended."""
+        held, computed = (ratio.value for ratio in self.ratios)
+        if held is None or computed is None:
+            return None
+        return Cost(held_s=held, tokens=computed)
 
 
 def _difference(new: Load, old: Load) -> Load:

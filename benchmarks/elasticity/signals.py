@@ -62,7 +62,12 @@ def _member(pool: Pool, name: str, state: MemberState) -> MemberInfo:
 
 def _gateway(system: System) -> Load:
     has_encoder = bool(system.fleets[Pool.ENCODER].ready(system.now))
-    return GatewayLoad(waiting_encoder=0 if has_encoder else len(system.images))
+    return GatewayLoad(
+        waiting_encoder=0 if has_encoder else len(system.images),
+        media_items_total=system.num_media,
+        plain_answers_total=system.num_plain,
+        media_answers_total=system.num_media,
+    )
 
 
 def _load(pool: Pool, replica: Replica, system: System, ready: int) -> Load:
@@ -95,6 +100,13 @@ def _load(pool: Pool, replica: Replica, system: System, ready: int) -> Load:
                 waiting_vision_pool=_part(parked, replica, system, ready),
                 steps_total=round(replica.done),
                 step_s_total=replica.busy_s,
+                text_tokens_total=round(replica.read),
+                plain_answers_total=round(replica.plain.answers),
+                plain_held_s_total=replica.plain.held_s,
+                plain_tokens_total=round(replica.plain.tokens),
+                media_answers_total=round(replica.media.answers),
+                media_held_s_total=replica.media.held_s,
+                media_tokens_total=round(replica.media.tokens),
             )
         case _:
             return ExpertLoad(

@@ -26,10 +26,19 @@ DRAIN_S = 2.0
 
 
 @dataclass(slots=True)
+class Ended:
+    """Answers that have ended, the time they were decoded for, and their text tokens."""
+
+    answers: float = 0.0
+    held_s: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass(slots=True)
 class Replica:
     """busy_s: time it worked. done: patches, tokens or steps. todo: what is left of its image, in
-    patches. admitted: patches that came to it. seen: vision tokens of its requests. queue_s: time
-    for which dispatches waited."""
+    patches. admitted: patches that came to it. seen, read: vision and text tokens of its requests.
+    queue_s: time for which dispatches waited. plain, media: its answers that have ended."""
 
     name: str
     ready_at: float
@@ -39,6 +48,9 @@ class Replica:
     todo: float = 0.0
     admitted: float = 0.0
     seen: float = 0.0
+    read: float = 0.0
+    plain: Ended = field(default_factory=Ended)
+    media: Ended = field(default_factory=Ended)
     queue_s: float = 0.0
     job: Job | None = None
 
@@ -54,6 +66,7 @@ class Job:
     images: int = 0
     vision_tokens: float = 0.0
     decoded: float = 0.0
+    admitted_at: float = 0.0
     first_token_at: float | None = None
     finished_at: float | None = None
 
@@ -121,7 +134,8 @@ class Fleet:
 class System:
     """The pools, their queues, and the requests in them.
 
-    prefilled, answered: tokens so far, of prompts and of answers.
+    prefilled, answered: tokens so far, of prompts and of answers. num_plain, num_media: requests so
+    far, without and with images.
     """
 
     def __init__(self, rates: Rates, begin: Mapping[Pool, int]) -> None:
@@ -135,6 +149,7 @@ class System:
         self.running: list[Job] = []
         self.jobs: list[Job] = []
         self.prefilled = self.answered = 0.0
+        self.num_plain = self.num_media = 0
         self.now = 0.0
         self._seen: set[int] = set()
 
@@ -160,6 +175,8 @@ class System:
     def _arrive(self, request: Request) -> None:
         job = Job(request, vision_tokens=sum(request.images) / PATCHES_PER_TOKEN)
         self.jobs.append(job)
+        self.num_media += bool(request.images)
+        self.num_plain += not request.images
         is_known = request.digest in self._seen
         if request.digest:
             self._seen.add(request.digest)
@@ -225,15 +242,30 @@ class System:
         prefill_s = self.rates.prefill_token_s * step_s / self._base_s(decoders)
         tokens = sum(self._advance(job, seconds, prefill_s, step_s) for job in self.running)
         worked_s = tokens * self.rates.text_token_s
-        self.running = [job for job in self.running if job.finished_at is None]
+        self._book_ended()
         steps = decoders * seconds / step_s
-        self.fleets[Pool.DECODER].share(self.now, busy_s=decoders * seconds, done=steps)
+        self.fleets[Pool.DECODER].share(
+            self.now, busy_s=decoders * seconds, done=steps, read=tokens
+        )
         text.share(
             self.now,
             busy_s=min(worked_s, experts * seconds),
             done=steps * LAYERS,
             queue_s=steps * (step_s - self._base_s(decoders)),
         )
+
+    def _book_ended(self) -> None:
+        """Takes answers that are over out of the batch; its decoders share them evenly."""
+        ready = self.fleets[Pool.DECODER].ready(self.now)
+        for job in self.running:
+            if job.finished_at is None:
+                continue
+            for replica in ready:
+                ended = replica.media if job.request.images else replica.plain
+                ended.answers += 1 / len(ready)
+                ended.held_s += (job.finished_at - job.admitted_at) / len(ready)
+                ended.tokens += job.decoded / len(ready)
+        self.running = [job for job in self.running if job.finished_at is None]
 
     def _advance(self, job: Job, seconds: float, prefill_s: float, step_s: float) -> float:
         """Lets a request compute its prompt, then its answer; returns the tokens."""
@@ -257,6 +289,7 @@ class System:
             if used > decoders * KV_TOKENS and self.running:
                 return
             self.running.append(self.waiting.popleft())
+            self.running[-1].admitted_at = self.now
 
     def step_s(self, decoders: int, experts: int, seconds: float) -> float:
         """A step's time: a decoder's own, or longer while its tokens wait for the experts."""

@@ -74,6 +74,9 @@ def build(
         register=partial(decoder_pb2_grpc.add_DecoderServicer_to_server, servicer),
         load=load,
         is_ready=is_ready,
+        is_alive=lambda: (
+            not servicer.engine or servicer.engine.pulse.stalled_s() <= settings.stall_s
+        ),
         drain=servicer.drain,
         close=close,
         report_load=lambda: servicer.engine.report() if servicer.engine else None,

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from chiasm.config import ServiceSettings
+from chiasm.config import ComputeSettings
 
 
-class DecoderSettings(ServiceSettings):
+class DecoderSettings(ComputeSettings):
     """One decoder process."""
 
     model: Path = Field(description="Checkpoint directory.")

@@ -18,6 +18,7 @@ import torch
 
 from chiasm import errors
 from chiasm.load import DecoderLoad
+from chiasm.pulse import Pulse
 from chiasm.services.decoder import spans
 from chiasm.services.decoder.forward import ForwardPass
 from chiasm.services.decoder.pools import ExpertPools, PoolUnavailable
@@ -71,6 +72,7 @@ class Engine:
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.steps = 0
+        self.pulse = Pulse()
         self._workload = Workload()
         # Looked up when scraped: whatever ends a request, no gauge is left behind.
         metrics.RUNNING_REQUESTS.set_function(lambda: self.load().running)
@@ -89,6 +91,7 @@ class Engine:
             if self._stopped:
                 raise errors.Unavailable("the decoder is stopping", retry_after_s=1.0)
             self._inbox.append(sequence)
+            self.pulse.begin()
             self._wake.notify()
 
     def abort(self, sequence: Sequence) -> None:
@@ -131,9 +134,11 @@ class Engine:
         while True:
             with self._wake:
                 if not self._stopped and not self._inbox and not any(self._scheduler):
+                    self.pulse.rest()
                     self._wake.wait()
                 if self._stopped:
                     break
+            self.pulse.beat()
             self._take_in()
             try:
                 progressed = self._step()
@@ -269,6 +274,7 @@ class Engine:
     def _end(self, sequence: Sequence, error: Exception | None = None) -> None:
         """Takes a sequence off the books, before anybody hears that it is over."""
         spans.ended(sequence, error)
+        self._workload.add_end(sequence)
         self._scheduler.remove(sequence)
 
     def _fail(self, sequence: Sequence, error: errors.ChiasmError) -> None:

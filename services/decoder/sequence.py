@@ -149,6 +149,7 @@ class Sequence:
     matcher: the grammar's automaton (grammars.Matcher), in its first state. processors: the
     sampler's books; they follow from the rest and can be made again at any time. drafts: likewise
     those of speculation (speculation.Drafts).
+    held_ns, num_text: time of the steps in which it had a part, and text tokens computed for it.
     phase: where the request is in its trace (spans.py).
     """
 
@@ -178,6 +179,8 @@ class Sequence:
     drafts: Any = None
     parked_since: int | None = None
     aborted: bool = False
+    held_ns: int = 0
+    num_text: int = 0
     timings: SequenceTimings = field(default_factory=SequenceTimings)
     phase: TracedPhase = field(default_factory=TracedPhase)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from chiasm.load import DecoderLoad
 from chiasm.services.decoder.scheduler import Chunk
@@ -11,11 +12,26 @@ from chiasm.telemetry import metrics
 from chiasm.types import TOKEN_TEXT, Modality
 
 
+@dataclass(slots=True)
+class _Ended:
+    """Answers that are over, and what they have taken."""
+
+    answers: int = 0
+    held_ns: int = 0
+    tokens: int = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.answers += 1
+        self.held_ns += sequence.held_ns
+        self.tokens += sequence.num_text
+
+
 class Workload:
     """Written by the engine's thread, read by any."""
 
     def __init__(self) -> None:
-        self._steps = self._step_ns = self._vision_tokens = 0
+        self._steps = self._step_ns = self._vision_tokens = self._text_tokens = 0
+        self._plain, self._media = _Ended(), _Ended()
 
     def add_step(self, chunks: Iterable[Chunk], step_ns: int) -> None:
         """Books a step."""
@@ -26,10 +42,18 @@ class Workload:
             prompt_stop = min(chunk.stop, chunk.sequence.num_prompt)
             types = chunk.sequence.prompt_types[chunk.start : prompt_stop]
             num_text = types.count(TOKEN_TEXT)
+            num_decoded = chunk.num_tokens - len(types)
             self._vision_tokens += len(types) - num_text
+            self._text_tokens += num_text + num_decoded
+            chunk.sequence.held_ns += step_ns
+            chunk.sequence.num_text += num_text + num_decoded
             metrics.STEP_TOKENS.labels("prefill", "text").inc(num_text)
             metrics.STEP_TOKENS.labels("prefill", "vision").inc(len(types) - num_text)
-            metrics.STEP_TOKENS.labels("decode", "text").inc(chunk.num_tokens - len(types))
+            metrics.STEP_TOKENS.labels("decode", "text").inc(num_decoded)
+
+    def add_end(self, sequence: Sequence) -> None:
+        """Books an answer that is over, however it ended."""
+        (self._media if sequence.media else self._plain).add(sequence)
 
     def report(
         self,
@@ -63,6 +87,13 @@ class Workload:
             waiting_vision_pool=waiting_for(Modality.VISION),
             steps_total=self._steps,
             step_s_total=self._step_ns / 1e9,
+            text_tokens_total=self._text_tokens,
+            plain_answers_total=self._plain.answers,
+            plain_held_s_total=self._plain.held_ns / 1e9,
+            plain_tokens_total=self._plain.tokens,
+            media_answers_total=self._media.answers,
+            media_held_s_total=self._media.held_ns / 1e9,
+            media_tokens_total=self._media.tokens,
         )
 
 

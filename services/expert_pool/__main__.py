@@ -12,6 +12,7 @@ from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
 from chiasm.services.expert_pool.config import ExpertPoolSettings
 from chiasm.services.expert_pool.engine import ExpertEngine
+from chiasm.services.expert_pool.handover import GRACE_SHARE, hand_over
 from chiasm.services.expert_pool.servicer import ExpertPoolServicer
 from chiasm.services.expert_pool.wire import DispatchLimits
 from chiasm.telemetry.progress import loading
@@ -24,20 +25,8 @@ def build(
     settings: ExpertPoolSettings, config: ModelConfig, process: service.ServiceProcess
 ) -> service.Service:
     """The server, without its weights yet."""
-    bank = ExpertBank(
-        config,
-        modality=settings.modality,
-        num_shards=settings.shard_spec.num_shards,
-        dtype=getattr(torch, settings.dtype),
-        device=torch.device(settings.device),
-    )
-    engine = ExpertEngine(
-        bank,
-        model=settings.model,
-        config=config,
-        max_queued=settings.max_queued_dispatches,
-        verify=settings.verify,
-    )
+    engine = _engine(settings, config)
+    bank = engine.bank
     limits = DispatchLimits(
         modality=settings.modality,
         num_shards=bank.num_shards,
@@ -45,7 +34,6 @@ def build(
         max_tokens=settings.max_dispatch_tokens,
         text=config.text,
     )
-
     spec = settings.shard_spec
 
     def report() -> None:
@@ -76,9 +64,29 @@ def build(
         register=partial(experts_pb2_grpc.add_ExpertPoolServicer_to_server, servicer),
         load=load,
         is_ready=lambda _: bool(bank.shards) and not servicer.draining,
+        is_alive=lambda: engine.worker.pulse.stalled_s() <= settings.stall_s,
+        hand_over=partial(hand_over, process, bank, timeout_s=GRACE_SHARE * settings.grace_s),
         drain=servicer.drain,
         close=close,
+        watch_topology=spec.is_auto,
         report_load=servicer.load,
+    )
+
+
+def _engine(settings: ExpertPoolSettings, config: ModelConfig) -> ExpertEngine:
+    bank = ExpertBank(
+        config,
+        modality=settings.modality,
+        num_shards=settings.shard_spec.num_shards,
+        dtype=getattr(torch, settings.dtype),
+        device=torch.device(settings.device),
+    )
+    return ExpertEngine(
+        bank,
+        model=settings.model,
+        config=config,
+        max_queued=settings.max_queued_dispatches,
+        verify=settings.verify,
     )
 
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from chiasm.config import ServiceSettings
+from chiasm.config import ComputeSettings
 from chiasm.types import Modality, ShardSpec
 
 
-class ExpertPoolSettings(ServiceSettings):
+class ExpertPoolSettings(ComputeSettings):
     """One server of one pool. The text and the vision pool are this program with two settings."""
 
     model: Path = Field(description="Checkpoint directory.")

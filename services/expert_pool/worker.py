@@ -11,6 +11,7 @@ from collections import deque
 
 import structlog
 
+from chiasm.pulse import Pulse
 from chiasm.transport.wakeup import Handler, Wakeup
 
 log = structlog.get_logger()
@@ -24,6 +25,7 @@ class Worker:
         self._is_running = False
         self._is_closed = False
         self._wakeup = Wakeup()
+        self.pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -38,6 +40,7 @@ class Worker:
     def submit(self, job: Handler) -> None:
         """Queues a job, which must not raise; from any thread."""
         self._jobs.append(job)
+        self.pulse.begin()
         if threading.get_ident() != self._thread.ident:
             self._wakeup.wake()
 
@@ -56,7 +59,10 @@ class Worker:
 
     def _run(self) -> None:
         while not self._is_closed:
+            if not self._jobs:
+                self.pulse.rest()  # whoever submits just now wakes the thread, and it beats again
             self._wakeup.wait(0 if self._jobs else None)
+            self.pulse.beat()
             if self._jobs and not self._is_closed:
                 self._is_running = True
                 try:

@@ -85,6 +85,8 @@ def build(
             waiting_encoder=encoders.waiting.count,
             waiting_decoder=decoders.waiting.count,
             media_items_total=encoders.num_items,
+            plain_answers_total=generator.num_plain_answers,
+            media_answers_total=generator.num_media_answers,
         )
 
     return Engine(

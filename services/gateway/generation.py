@@ -53,7 +53,11 @@ class _Call:
 
 
 class Generator:
-    """Runs generations for one model."""
+    """Runs generations for one model.
+
+    num_plain_answers, num_media_answers: answers asked for since the start, by requests without and
+    with media; counted before the media are encoded.
+    """
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Generator:
         self._prompts, self._decoders = prompts, decoders
         self._max_prompt_logits_bytes = max_prompt_logits_bytes
         self._retry_after_s = retry_after_s
+        self.num_plain_answers = self.num_media_answers = 0
 
     async def run(
         self, generation: Generation, observation: Observation, deadline: Deadline
@@ -78,6 +83,10 @@ class Generator:
         grammar, seed = generation.sampling.grammar, generation.sampling.seed
         if grammar is not None:
             await asyncio.to_thread(grammars.check, grammar)
+        if generation.prompt.media:
+            self.num_media_answers += generation.sampling.num_choices
+        else:
+            self.num_plain_answers += generation.sampling.num_choices
         laid_out = await self._prompts.build(
             generation.prompt,
             request_id=generation.request_id,

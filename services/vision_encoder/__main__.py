@@ -36,6 +36,9 @@ def build(settings: EncoderSettings, _: service.ServiceProcess) -> service.Servi
     return service.Service(
         register=partial(encoder_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
         load=load,
+        is_alive=lambda: (
+            not servicer.engine or servicer.engine.pulse.stalled_s() <= settings.stall_s
+        ),
         drain=servicer.drain,
         close=servicer.close,
         report_load=lambda: servicer.engine.load() if servicer.engine else None,

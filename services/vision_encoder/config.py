@@ -7,12 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from chiasm.config import ServiceSettings
+from chiasm.config import ComputeSettings
 
 _MIB = 1024 * 1024
 
 
-class EncoderSettings(ServiceSettings):
+class EncoderSettings(ComputeSettings):
     """One vision encoder process."""
 
     model: Path = Field(description="Checkpoint directory.")

@@ -21,6 +21,7 @@ from chiasm import errors
 from chiasm.cache import ByteLRU
 from chiasm.load import EncoderLoad
 from chiasm.model.patches import RawPatches
+from chiasm.pulse import Pulse
 from chiasm.services.vision_encoder.domain import Encoded, MediaModel
 from chiasm.telemetry import metrics, traces
 from chiasm.types import Grid, MediaKind
@@ -59,6 +60,7 @@ class EncoderEngine:
         self._patches_per_s = 0.0
         self._arrived: asyncio.Queue[_Job] = asyncio.Queue()  # bounded by _admit
         self._prepared: asyncio.Queue[tuple[_Job, RawPatches]] = asyncio.Queue(maxsize=1)
+        self.pulse = Pulse()
         self._idle = asyncio.Event()
         self._idle.set()
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="preprocess")
@@ -216,7 +218,10 @@ class EncoderEngine:
                 value = work()
             return value, time.monotonic_ns() - start
 
-        return await asyncio.get_running_loop().run_in_executor(pool, timed)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, timed)
+        finally:
+            self.pulse.beat()
 
     def _finish(self, job: _Job, grid: Grid, embeddings: torch.Tensor, compute_ns: int) -> None:
         elapsed_ns = time.monotonic_ns() - job.admitted_ns
@@ -256,8 +261,10 @@ class EncoderEngine:
         metrics.QUEUED_PATCHES.set(self._queued_patches)
         if self._jobs:
             self._idle.clear()
+            self.pulse.begin()
         else:
             self._idle.set()
+            self.pulse.rest()
 
     def _backlog_s(self) -> float:
         """Time the queue takes at the pace of late; a second while the pace is not known."""

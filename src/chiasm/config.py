@@ -100,3 +100,14 @@ class ServiceSettings(ProcessSettings):
         max_length=200,
         description="Begin of the member id, as the name of the pod; empty: the kind of service.",
     )
+
+
+class ComputeSettings(ServiceSettings):
+    """Settings of a member that computes, in a loop of its own."""
+
+    stall_s: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds without a step, while there is work, after which the process is not "
+        "live; longer than its longest step.",
+    )

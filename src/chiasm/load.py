@@ -15,11 +15,14 @@ class GatewayLoad:
 
     waiting_encoder, waiting_decoder: media items, and requests, for which no such member is there.
     media_items_total: media items of the requests taken in.
+    plain_answers_total, media_answers_total: answers asked for, by requests without and with media.
     """
 
     waiting_encoder: int = 0
     waiting_decoder: int = 0
     media_items_total: int = 0
+    plain_answers_total: int = 0
+    media_answers_total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,9 @@ class DecoderLoad:
     vision_tokens_total: those computed.
     waiting_text_pool, waiting_vision_pool: requests that wait because that pool is away.
     steps_total, step_s_total: engine steps, and the time in them.
+    text_tokens_total: text tokens computed, of prompts and of answers.
+    plain_*, media_*: answers that have ended, to prompts without and with media; the time of the
+        steps they had a part in; the text tokens computed for them.
     """
 
     running_requests: int = 0
@@ -61,6 +67,13 @@ class DecoderLoad:
     waiting_vision_pool: int = 0
     steps_total: int = 0
     step_s_total: float = 0.0
+    text_tokens_total: int = 0
+    plain_answers_total: int = 0
+    plain_held_s_total: float = 0.0
+    plain_tokens_total: int = 0
+    media_answers_total: int = 0
+    media_held_s_total: float = 0.0
+    media_tokens_total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -201,16 +203,22 @@ class LocalStack:
     def stop(self) -> None:
         """Ends all processes: those that take requests first, those they lean on after them.
 
-        Each stage drains before the next is told; together they have `grace_s`.
+        Each stage drains before the next is told; together they have `grace_s`. A stage is told at
+        once, so that no expert server hands its shards to one that goes too.
         """
         if self._orders is not None:
             self._orders.close()
         end = time.monotonic() + self.config.grace_s
         is_clean = not self._dead and bool(self.children)
-        for child in sorted(self.children.values(), key=lambda c: _stage(c.name), reverse=True):
-            if not child.end(max(0.1, end - time.monotonic())):
-                log.warning("killed", process=child.name, after_s=self.config.grace_s)
-                is_clean = False
+        children = sorted(self.children.values(), key=_stage_of, reverse=True)
+        for _, stage in itertools.groupby(children, _stage_of):
+            together = list(stage)
+            for child in together:
+                child.signal(signal.SIGTERM)
+            for child in together:
+                if not child.end(max(0.1, end - time.monotonic())):
+                    log.warning("killed", process=child.name, after_s=self.config.grace_s)
+                    is_clean = False
         self.children.clear()
         if is_clean and self.config.log_dir is None:
             shutil.rmtree(self.log_dir, ignore_errors=True)
@@ -316,8 +324,8 @@ def _pool_of(name: str) -> int | None:
     return _POOLS.get(_kind(name))
 
 
-def _stage(name: str) -> int:
-    return _STAGES.index(_kind(name))
+def _stage_of(child: Child) -> int:
+    return _STAGES.index(_kind(child.name))
 
 
 def spread(num_shards: int, num_servers: int) -> list[ShardSpec]:

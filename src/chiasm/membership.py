@@ -49,7 +49,8 @@ class MemberInfo:
     """One process of the system.
 
     `member_id` is unique for one life of the process. `shard_sets` is set for expert pools, and for
-    decoders that run the pools inside.
+    decoders that run the pools inside. `leaving`: the process is to stop, and takes work until
+    others hold its shards.
     """
 
     member_id: str
@@ -58,6 +59,7 @@ class MemberInfo:
     metrics_address: str = ""
     state: MemberState = MemberState.LOADING
     shard_sets: tuple[ShardSet, ...] = ()
+    leaving: bool = False
 
     @property
     def is_ready(self) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 from pydantic import Field
 
-from chiasm.config import ServiceSettings
+from chiasm.config import ComputeSettings
 from chiasm.flags import settings_command
 from chiasm.membership import Role, ShardSet
+from chiasm.services.expert_pool.worker import Worker
 from chiasm.transport.service import Service, ServiceProcess, serve
 from chiasm.types import Modality, ShardSpec
 
 
-class Settings(ServiceSettings):
+class Settings(ComputeSettings):
     """One fake."""
 
     role: Role = Field(Role.EXPERT_POOL, description="What to be.")
@@ -22,13 +24,22 @@ class Settings(ServiceSettings):
     load_s: float = Field(0.0, description="Seconds that loading takes.")
     fail: bool = Field(False, description="Fail to load.")
     drain_s: float = Field(0.0, description="Seconds that draining takes.")
+    stuck_until: Path | None = Field(None, description="File for which the compute thread waits.")
 
 
 def build(settings: Settings, process: ServiceProcess) -> Service:
+    worker = Worker("fake")
+    worker.start()
+
+    def hang() -> None:
+        while settings.stuck_until and not settings.stuck_until.exists():
+            time.sleep(0.02)
+
     async def load() -> None:
         await asyncio.to_thread(time.sleep, settings.load_s)
         if settings.fail:
             raise ValueError("weights.bin is not a checkpoint")
+        worker.submit(hang)
         if settings.role is Role.EXPERT_POOL:
             spec = ShardSpec.parse(settings.shards)
             held = ShardSet(modality=Modality.TEXT, num_shards=spec.num_shards, shards=spec.shards)
@@ -44,7 +55,12 @@ def build(settings: Settings, process: ServiceProcess) -> Service:
             is_ready=lambda topology: topology.covered(Modality.TEXT),
             watch_topology=True,
         )
-    return Service(register=lambda _: None, load=load, drain=drain)
+    return Service(
+        register=lambda _: None,
+        load=load,
+        is_alive=lambda: worker.pulse.stalled_s() <= settings.stall_s,
+        drain=drain,
+    )
 
 
 def run(settings: Settings) -> int:

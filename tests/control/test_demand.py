@@ -114,6 +114,82 @@ def test_vision_experts_by_tokens_on_their_way() -> None:
     assert ahead.pools[Pool.VISION_EXPERTS].is_wanted
 
 
+def answered(**done: float) -> dict[str, Load]:
+    """A decoder and a text server that have done something, 2 ms for each of 500 text tokens."""
+    decoder = DecoderLoad(
+        kv_tokens_capacity=1000,
+        max_running_requests=4,
+        text_tokens_total=500,
+        **done,  # type: ignore[arg-type]  # numbers
+    )
+    return {**IDLE, "decoder": decoder, "text": ExpertLoad(dispatches_total=20, compute_s_total=1)}
+
+
+def coming(loads: Mapping[str, Load], **asked: int) -> dict[Pool, float]:
+    """Demand when so many answers were asked for in 2 s, and nothing else has happened since."""
+    calm = signals(24.0, loads)
+    now = signals(26.0, {**loads, "gateway": GatewayLoad(**asked)})
+    pools = observed(*warm(), signals(22.0, loads), calm, now).pools
+    return {pool: view.demand.replicas for pool, view in pools.items() if view.demand}
+
+
+def test_answers_that_were_asked_for_count_before_they_come() -> None:
+    """Ten in a second, each 3 s in one of 4 places, with 30 tokens of 2 ms."""
+    loads = answered(plain_answers_total=10, plain_held_s_total=30.0, plain_tokens_total=300)
+    demand = coming(loads, plain_answers_total=20)
+    assert demand[Pool.DECODER] == pytest.approx(10 * 3 / 4)
+    assert demand[TEXT] == pytest.approx(10 * 30 * 0.002)
+    assert demand[Pool.ENCODER] == demand[Pool.VISION_EXPERTS] == 0
+
+
+def test_answers_are_judged_by_their_kind_and_by_the_other_while_it_is_unknown() -> None:
+    plain = {"plain_answers_total": 10, "plain_held_s_total": 30.0, "plain_tokens_total": 300}
+    media = {"media_answers_total": 5, "media_held_s_total": 5.0, "media_tokens_total": 50}
+    assert coming(answered(**plain), media_answers_total=20)[Pool.DECODER] == pytest.approx(7.5)
+    both = answered(**plain, **media)
+    assert coming(both, media_answers_total=20)[Pool.DECODER] == pytest.approx(10 * 1 / 4)
+    assert coming(both, media_answers_total=20)[TEXT] == pytest.approx(10 * 10 * 0.002)
+    mixed = coming(both, media_answers_total=20, plain_answers_total=4)
+    assert mixed[Pool.DECODER] == pytest.approx(10 * 1 / 4 + 2 * 3 / 4)
+
+
+def test_answers_of_unknown_cost_are_not_counted() -> None:
+    demand = coming(answered(), plain_answers_total=1000, media_answers_total=1000)
+    assert demand[Pool.DECODER] == demand[TEXT] == 0
+
+
+def test_large_answers_are_judged_by_the_cache() -> None:
+    loads = answered(plain_answers_total=10, plain_held_s_total=30.0, plain_tokens_total=300)
+    decoder = loads["decoder"]
+    assert isinstance(decoder, DecoderLoad)
+    loads["decoder"] = replace(decoder, running_requests=1, kv_tokens_used=500)
+    assert coming(loads, plain_answers_total=20)[Pool.DECODER] == pytest.approx(10 * 3 * 0.5)
+
+
+def test_parked_items_are_seen_by_the_pools_behind_the_encoder() -> None:
+    """Two items of 2000 patches set size and pace; then the encoder is gone, and five wait."""
+    queued = EncoderLoad(queued_items=2, queued_patches=4000, admitted_patches_total=4000)
+    done = EncoderLoad(admitted_patches_total=4000, encoded_patches_total=4000, busy_s_total=4.0)
+    seen: dict[str, Load] = {
+        "decoder": DecoderLoad(kv_tokens_capacity=1000, vision_tokens_total=1000),
+        "vision": ExpertLoad(dispatches_total=20, compute_s_total=2.0),
+    }
+    before = [signals(22.0, {**IDLE, "encoder": queued}), signals(24.0, {**IDLE, "encoder": done})]
+    known = signals(26.0, {**IDLE, "encoder": done, **seen})
+    left = tuple(m for m in ALL if m is not ENCODER)
+    gone = signals(28.0, {**without("encoder"), **seen}, left)
+    parked = {**without("encoder"), **seen}
+    parked["gateway"] = GatewayLoad(waiting_encoder=5, media_items_total=6)
+    pools = observed(*warm(), *before, known, gone, signals(30.0, parked, left)).pools
+    encoder, vision = pools[Pool.ENCODER].demand, pools[Pool.VISION_EXPERTS].demand
+    assert encoder is not None
+    assert vision is not None
+    # Three items of 2 s come in a second, and five wait: each takes one encoder at most.
+    assert encoder.replicas == pytest.approx(3 * 2000 * 0.001 + 5)
+    # 500 tokens of 2 ms an item: three a second, and five within 2 s.
+    assert vision.replicas == pytest.approx(3 * 500 * 0.002 + 5 * 500 * 0.002 / 2)
+
+
 @pytest.mark.parametrize(
     ("loads", "wanted"),
     [
@@ -139,7 +215,7 @@ def without(name: str) -> dict[str, Load]:
 @pytest.mark.parametrize(
     ("silent", "blind"),
     [
-        ("gateway", {Pool.ENCODER, Pool.VISION_EXPERTS}),
+        ("gateway", set(Pool)),
         ("encoder", {Pool.ENCODER, Pool.VISION_EXPERTS}),
         ("decoder", {Pool.DECODER, Pool.VISION_EXPERTS}),
         ("text", {TEXT}),

@@ -190,7 +190,7 @@ class TestWire:
             version=7,
             settling=False,
             members=(
-                member("a", metrics_address="a:9"),
+                member("a", metrics_address="a:9", leaving=True),
                 pool("b", Modality.VISION, 0, 3, of=5, state=MemberState.LOADING),
                 member("c", Role.DECODER, state=MemberState.DRAINING),
                 member("d", Role.VISION_ENCODER),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -56,6 +57,37 @@ async def test_shards_of_the_last_holder_go_to_a_survivor_at_once() -> None:
     assert system.processes["text-experts-2"].told == tuple(range(NUM_SHARDS))
     await system.step(4)
     assert system.is_covered
+
+
+async def test_a_server_that_says_it_leaves_hands_over_and_none_is_ever_without_a_holder() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    leaving = system.processes["text-experts-1"]
+    leaving.info = replace(leaving.info, leaving=True)
+    for _ in range(6):
+        await system.step()
+        assert system.is_covered
+    assert system.shards() == {
+        "text-experts-1": (),
+        "text-experts-2": tuple(range(NUM_SHARDS)),
+    }
+    system.kill("text-experts-1")
+    await system.step(4)
+    assert system.is_covered
+
+
+async def test_the_last_server_keeps_its_shards_though_it_leaves() -> None:
+    system = World(dict.fromkeys(Pool, CONFIG), scales=False)
+    only = system.processes[system.start(TEXT)]
+    await system.step(6)
+    only.info = replace(only.info, leaving=True)
+    await system.step(6)
+    assert system.is_covered
+    heir = system.start(TEXT)
+    for _ in range(8):
+        await system.step()
+        assert system.is_covered
+    assert system.shards()[heir] == tuple(range(NUM_SHARDS))
 
 
 async def test_fixed_servers_are_left_alone() -> None:

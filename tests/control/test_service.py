@@ -15,6 +15,7 @@ from control.processes import WAIT_S, Spawn, Watch, address, is_running, wait_un
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chiasm.child import Child
+from chiasm.transport.server import LIVE, LOADED
 from chiasm.types import Modality
 
 
@@ -79,6 +80,28 @@ async def test_readiness_follows_what_the_service_depends_on(spawn: Spawn, watch
             what="loss",
         )
         wait_until(lambda: not is_serving(decoder), "decoder does not serve")
+
+
+def test_live_and_ready_end_where_work_does_not_get_on(spawn: Spawn, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    child = spawn("fake_service", "--stall-s", "0.2", "--stuck-until", str(key))
+    at = address(child)
+    wait_until(lambda: not is_serving(at, LIVE) and not is_serving(at), "stalled")
+    assert is_serving(at, LOADED)
+    key.touch()
+    wait_until(lambda: is_serving(at, LIVE) and is_serving(at), "going on")
+    assert [e for e in events(child) if e in ("stalled", "going_on")] == ["stalled", "going_on"]
+    key.unlink()
+    assert child.end(WAIT_S)
+    assert child.exit_code == 0
+
+
+def test_a_stalled_process_still_ends_at_sigterm(spawn: Spawn, tmp_path: Path) -> None:
+    child = spawn("fake_service", "--stall-s", "0.2", "--stuck-until", str(tmp_path / "never"))
+    at = address(child)
+    wait_until(lambda: not is_serving(at, LIVE), "stalled")
+    assert child.end(WAIT_S)
+    assert child.exit_code == 0
 
 
 LAUNCHER = """

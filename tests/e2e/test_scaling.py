@@ -124,3 +124,25 @@ def test_shards_of_a_killed_server_go_to_the_survivor(
         assert_same(streams[0].result(), expected)
         assert_same(streams[1].result(), answer)
         assert len(stack.topology().ready(Role.EXPERT_POOL)) == 3
+
+
+def test_a_server_that_is_told_to_stop_hands_its_shards_over_first(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As when somebody else deletes a pod: nobody waits, nothing is lost."""
+    with scaled(tiny_checkpoint, tmp_path, "--scaling", "off", text_servers=2) as stack:
+        expected = Peace(stack.endpoint).answer(TEXT, LONG)
+        assert stack.shards(Modality.TEXT) == [(0,), (1,)]
+        streams = [ask(stack, TEXT, LONG) for _ in range(2)]
+        for stream in streams:
+            stream.wait_tokens(5)
+        stack.terminate("text-pool-0")
+        assert stack.wait_exit("text-pool-0") == 0
+        for stream in streams:
+            assert_same(stream.result(), expected)
+        assert stack.shards(Modality.TEXT) == [(0, 1)]
+        left = (tmp_path / "text-pool-0.log").read_text()
+        assert '"handing_over"' in left
+        assert "not_handed_over" not in left
+        decoder = (tmp_path / "decoder.log").read_text()
+        assert '"pool_away"' not in decoder, "no request waited for the pool"

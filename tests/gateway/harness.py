@@ -182,7 +182,7 @@ class Stack:
         self.channels = Channels(max_message_bytes=engine.MAX_PEER_MESSAGE_BYTES, grace_s=1.0)
         self.directory.subscribe(self.channels.follow)
         servicer = InferenceServicer(self.settings)
-        servicer.engine = engine.build(
+        self.engine = servicer.engine = engine.build(
             self.settings, self.config, self.tokenizer, self.directory, self.channels
         )
         health = health_aio.HealthServicer()

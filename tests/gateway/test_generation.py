@@ -323,6 +323,24 @@ async def test_deadline_cancels_the_encoder(
     assert not decoder.requests
 
 
+async def test_answers_are_announced_before_their_media_are_encoded(
+    stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    await client.complete("Hello!", sampling=Sampling(n=2))
+    load = stack.engine.load()
+    assert (load.plain_answers_total, load.media_answers_total) == (2, 0)
+    encoder.is_stuck = True
+    call = asyncio.create_task(client.complete([user(image(png()))], sampling=Sampling(n=3)))
+    for _ in range(200):
+        if encoder.headers:
+            break
+        await asyncio.sleep(0.01)
+    load = stack.engine.load()
+    assert (load.plain_answers_total, load.media_answers_total) == (2, 3)
+    call.cancel()
+    await asyncio.wait([call])
+
+
 async def test_gateway_sets_a_deadline_itself(tiny_checkpoint: Path) -> None:
     from gateway.test_validation import chat, refusal, text
 

@@ -23,6 +23,7 @@ GRID = Grid(1, 4, 6)
 TOKENS = 6
 ITEM_BYTES = TOKENS * 8 * 4
 WAIT_S = 10
+STALL_S = 0.05
 SETTINGS = PixelSettings(
     min_pixels=1, max_pixels=10, rescale_factor=1 / 255, mean=(0, 0, 0), std=(1, 1, 1)
 )
@@ -218,6 +219,23 @@ async def test_abandoned_item_is_dropped_before_it_starts(
     assert model.embedded == [b"a", b"c"]
     assert model.preprocessed == [b"a", b"b", b"c"]
     assert not (await encode(engine, b"d")).cached
+
+
+@pytest.mark.parametrize("stage", ["decoding", "gate"])
+async def test_an_item_that_does_not_get_on_stalls_the_engine(
+    engine: EncoderEngine, model: FakeModel, stage: str
+) -> None:
+    assert engine.pulse.stalled_s() == 0
+    held: threading.Event = getattr(model, stage)
+    held.clear()
+    task = begin(engine, b"a")
+    await until(lambda: engine.pulse.stalled_s() > STALL_S)
+    others = [begin(engine, name) for name in (b"b", b"c")]
+    await until_queued(engine, 3)
+    await until(lambda: engine.pulse.stalled_s() > STALL_S)
+    held.set()
+    await asyncio.gather(task, *others)
+    assert engine.pulse.stalled_s() == 0
 
 
 async def test_close_frees_those_who_wait(model: FakeModel) -> None:

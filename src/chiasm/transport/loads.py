@@ -19,6 +19,8 @@ def attach(load: Load, report: control_pb2.MemberReport) -> None:
                     waiting_encoder=load.waiting_encoder,
                     waiting_decoder=load.waiting_decoder,
                     media_items=load.media_items_total,
+                    plain_answers=load.plain_answers_total,
+                    media_answers=load.media_answers_total,
                 )
             )
         case EncoderLoad():
@@ -40,6 +42,8 @@ def detach(report: control_pb2.MemberReport) -> Load | None:
                 waiting_encoder=wire.waiting_encoder,
                 waiting_decoder=wire.waiting_decoder,
                 media_items_total=wire.media_items,
+                plain_answers_total=wire.plain_answers,
+                media_answers_total=wire.media_answers,
             )
         case "encoder_load":
             return _encoder_from_proto(report.encoder_load)
@@ -90,6 +94,17 @@ def decoder_to_proto(load: DecoderLoad) -> decoder_pb2.DecoderLoad:
         waiting_vision_pool=load.waiting_vision_pool,
         steps=load.steps_total,
         step_ns=round(load.step_s_total * _S),
+        text_tokens=load.text_tokens_total,
+        plain_answers=decoder_pb2.AnswersEnded(
+            answers=load.plain_answers_total,
+            held_ns=round(load.plain_held_s_total * _S),
+            text_tokens=load.plain_tokens_total,
+        ),
+        media_answers=decoder_pb2.AnswersEnded(
+            answers=load.media_answers_total,
+            held_ns=round(load.media_held_s_total * _S),
+            text_tokens=load.media_tokens_total,
+        ),
     )
 
 
@@ -106,6 +121,13 @@ def _decoder_from_proto(wire: decoder_pb2.DecoderLoad) -> DecoderLoad:
         waiting_vision_pool=wire.waiting_vision_pool,
         steps_total=wire.steps,
         step_s_total=wire.step_ns / _S,
+        text_tokens_total=wire.text_tokens,
+        plain_answers_total=wire.plain_answers.answers,
+        plain_held_s_total=wire.plain_answers.held_ns / _S,
+        plain_tokens_total=wire.plain_answers.text_tokens,
+        media_answers_total=wire.media_answers.answers,
+        media_held_s_total=wire.media_answers.held_ns / _S,
+        media_tokens_total=wire.media_answers.text_tokens,
     )
 
 

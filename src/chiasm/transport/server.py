@@ -20,7 +20,7 @@ from chiasm.transport.interceptors import CallInterceptor, Interceptor
 from chiasm.types import TlsFiles
 
 LIVE = "chiasm.live"
-"""Health's name for: the event loop answers. SERVING as long as the process listens."""
+"""Health's name for: the process gets on. NOT_SERVING asks for a restart."""
 
 LOADED = "chiasm.loaded"
 """Health's name for: everything is loaded, whether or not what the service depends on is there."""
@@ -55,6 +55,7 @@ class Server:
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self.grpc)
         self.stopping = asyncio.Event()
         self.serving = False
+        self.live = True
 
     async def start(self, bind: str, *, health_port: int | None = None) -> int:
         """Binds host:port (port 0: any free one) and starts; returns the port.
@@ -64,7 +65,7 @@ class Server:
         """
         await self.set_serving(False)
         await self._set_health(LOADED, False)
-        await self._set_health(LIVE, True)
+        await self.set_live(True)
         port = _listen(self.grpc, bind, tls.of_port(), name="bind")
         await self.grpc.start()
         if health_port is not None:
@@ -90,6 +91,11 @@ class Server:
     async def set_loaded(self) -> None:
         """Publishes that everything is loaded."""
         await self._set_health(LOADED, True)
+
+    async def set_live(self, live: bool) -> None:
+        """Publishes whether the process gets on with its work."""
+        self.live = live
+        await self._set_health(LIVE, live)
 
     async def _set_health(self, name: str, serving: bool) -> None:
         state = "SERVING" if serving else "NOT_SERVING"

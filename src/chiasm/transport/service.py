@@ -43,13 +43,16 @@ FLUSH_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 """How long a service may take to release what it holds."""
 
+LIVENESS_PERIOD_S = 1.0
+"""How often a service is asked whether it gets on."""
+
 log = structlog.get_logger()
 
 
 async def _nothing() -> None: ...
 
 
-def _always(_: Topology) -> bool:
+def _always(*_: Topology) -> bool:
     return True
 
 
@@ -63,6 +66,10 @@ class Service:
     is_ready: whether what the service depends on is there; asked after every change of the topology
         and after `ServiceProcess.recheck`. It should hold back only for what no request can do
         without: while it is false the process is NOT_SERVING and a LOADING member.
+    is_alive: whether it gets on with the work it has. While it does not, the process is neither
+        live nor ready. It should be generous: a supervisor restarts what is not live.
+    hand_over: has others take its place while it still takes work; called before `drain`, where the
+        member is READY.
     drain: refuses new work and waits for the work in flight; cut off after `grace_s`.
     close: releases resources after the grpc server has stopped.
     watch_topology: whether `ServiceProcess.topology` follows the orchestrator.
@@ -72,6 +79,8 @@ class Service:
     register: Callable[[grpc.aio.Server], Any]
     load: Callable[[], Awaitable[None]] = _nothing
     is_ready: Callable[[Topology], bool] = _always
+    is_alive: Callable[[], bool] = _always
+    hand_over: Callable[[], Awaitable[None]] = _nothing
     drain: Callable[[], Awaitable[None]] = _nothing
     close: Callable[[], Awaitable[None]] = _nothing
     watch_topology: bool = False
@@ -99,9 +108,13 @@ class ServiceProcess:
         self.member.start()
         if service.watch_topology:
             self.topology.start()
-        task = asyncio.create_task(self._become_ready(service), name="readiness")
+        tasks = [
+            asyncio.create_task(self._become_ready(service), name="readiness"),
+            asyncio.create_task(self._stay_alive(service), name="liveness"),
+        ]
         await self.server.run_until_stopped(grace_s=grace_s, on_drain=lambda: self._drain(service))
-        task.cancel()
+        for task in tasks:
+            task.cancel()
         await self.member.close()
         await self.topology.close()
         try:
@@ -119,7 +132,7 @@ class ServiceProcess:
             log.info("loaded")
             while not self.server.stopping.is_set():
                 self._recheck.clear()
-                ready = service.is_ready(self.topology.current)
+                ready = self.server.live and service.is_ready(self.topology.current)
                 if ready != self.server.serving:
                     log.info("ready" if ready else "not_ready")
                     self.member.update(state=MemberState.READY if ready else MemberState.LOADING)
@@ -130,7 +143,22 @@ class ServiceProcess:
             self._failure = error
             self.server.stopping.set()
 
+    async def _stay_alive(self, service: Service) -> None:
+        """Publishes whether the service gets on, whenever that changes."""
+        while True:
+            alive = service.is_alive()
+            if alive != self.server.live:
+                if alive:
+                    log.info("going_on")
+                else:
+                    log.error("stalled")
+                await self.server.set_live(alive)
+                self.recheck()
+            await asyncio.sleep(LIVENESS_PERIOD_S)
+
     async def _drain(self, service: Service) -> None:
+        if self.member.report.is_ready:
+            await service.hand_over()
         self.member.update(state=MemberState.DRAINING)
         if self._is_loaded:
             await service.drain()

@@ -44,6 +44,7 @@ def member_to_proto(member: MemberInfo) -> control_pb2.MemberReport:
             )
             for held in member.shard_sets
         ],
+        leaving=member.leaving,
     )
 
 
@@ -69,6 +70,7 @@ def member_from_proto(wire: control_pb2.MemberReport) -> MemberInfo:
         metrics_address=wire.metrics_address,
         state=_STATES[wire.state],
         shard_sets=shard_sets,
+        leaving=wire.leaving,
     )
 
 

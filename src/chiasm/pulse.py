@@ -1,0 +1,34 @@
+"""Whether a loop that computes gets on: what liveness is made of. Free of grpc and torch."""
+
+from __future__ import annotations
+
+import time
+
+
+class Pulse:
+    """A clock that runs while a loop has work, and starts anew with each of its steps.
+
+    `begin` is for whoever hands work over, so that a loop which never wakes up for it is noticed;
+    `beat` and `rest` are for the loop alone. May be read and set from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        """There is work: starts the clock, unless it runs."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def beat(self) -> None:
+        """The loop has got on: starts the clock anew."""
+        self._since = time.monotonic()
+
+    def rest(self) -> None:
+        """There is nothing to do: stops the clock."""
+        self._since = None
+
+    def stalled_s(self) -> float:
+        """Seconds since the last step of a loop that has work; 0 while it has none."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
