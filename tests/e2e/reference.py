@@ -18,6 +18,10 @@ from transformers import (
     Ernie4_5_VLMoeVideoProcessor,
 )
 
+from chiasm.client import Result
+
+LOGITS_TOLERANCE = 1e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -98,3 +102,15 @@ def processor(directory: Path) -> Any:
         tokenizer=AutoTokenizer.from_pretrained(directory),
         video_processor=Ernie4_5_VLMoeVideoProcessor(**video),
     )
+
+
+def assert_same(found: Result, expected: Answer) -> None:
+    """Prompt, its logits, and as many greedy tokens as the reference went on for."""
+    assert list(found.prompt_token_ids) == expected.prompt_token_ids
+    assert found.prompt_logits is not None
+    assert found.prompt_logits.shape == expected.logits.shape
+    assert np.abs(found.prompt_logits - expected.logits).max() <= LOGITS_TOLERANCE
+    assert list(found.token_ids) == expected.token_ids
+    assert found.finish_reason == "length"
+    assert found.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert found.usage.completion_tokens == len(expected.token_ids)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import pytest
 from e2e import checkpoints
 from e2e.cases import ANSWER, BOS, IMAGE, Case, cases, picture, png
-from e2e.reference import Answer, Reference
+from e2e.reference import Answer, Reference, assert_same
 from e2e.stack import up
-from PIL import Image
 
-from chiasm.cli.demo import QUESTION
-from chiasm.client import Client, Result, Sampling, image, user
+from chiasm.client import Client, Sampling, image, user
 
-LOGITS_TOLERANCE = 1e-4
 NUM_TOKENS = 64
 
 MIN_GATE_GAP = 3e-6
@@ -93,17 +87,6 @@ def client(setup: Setup, directory: Path) -> Iterator[Client]:
         yield running
 
 
-def assert_same(found: Result, expected: Answer) -> None:
-    assert list(found.prompt_token_ids) == expected.prompt_token_ids
-    assert found.prompt_logits is not None
-    assert found.prompt_logits.shape == expected.logits.shape
-    assert np.abs(found.prompt_logits - expected.logits).max() <= LOGITS_TOLERANCE
-    assert list(found.token_ids) == expected.token_ids
-    assert found.finish_reason == "length"
-    assert found.usage.prompt_tokens == len(expected.prompt_token_ids)
-    assert found.usage.completion_tokens == NUM_TOKENS
-
-
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_one_request(client: Client, case: Case, expected: dict[str, Answer]) -> None:
     assert_same(
@@ -121,21 +104,6 @@ def test_all_requests_at_once(client: Client, expected: dict[str, Answer]) -> No
         ]
         for case, answer in zip(batch, running, strict=True):
             assert_same(answer.result(), expected[case.name])
-
-
-def test_the_demo(tmp_path: Path) -> None:
-    """The picture, question and model of `chiasm demo`, in its topology."""
-    directory = checkpoints.hub(tmp_path / "tiny", 0)
-    jpeg = resources.files("chiasm").joinpath("assets/house.jpg").read_bytes()
-    case = Case(
-        name="demo",
-        messages=[user(image(jpeg), QUESTION)],
-        text=f"{BOS}User: Picture 1:{IMAGE}{QUESTION}{ANSWER}",
-        images=[np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))],
-    )
-    expected = Reference.of(directory).answer(case, NUM_TOKENS)
-    with up(directory) as client:
-        assert_same(client.complete(case.messages, sampling=GREEDY, prompt_logits=True), expected)
 
 
 def test_a_prompt_longer_than_a_step(client: Client, reference: Reference) -> None:

@@ -67,7 +67,7 @@ def test_image_and_chart_agree() -> None:
     assert ports <= {int(port) for port in exposed[1].split()}
     pods = [spec for key, spec in pod_specs(found).items() if key.endswith("test-image")]
     picture = pods[0]["containers"][0]["args"]
-    assert f"COPY src/chiasm/assets/house.jpg {picture[picture.index('--image') + 1]}" in text
+    assert f"COPY src/chiasm/assets/star.jpg {picture[picture.index('--image') + 1]}" in text
 
 
 @pytest.fixture

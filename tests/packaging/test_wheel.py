@@ -115,7 +115,9 @@ def test_modules_are_those_of_the_tree_and_the_stubs(names: set[str]) -> None:
 
 
 def test_data_files_are_there(names: set[str]) -> None:
-    assets = {f"chiasm/assets/{path.name}" for path in (ROOT / "src/chiasm/assets").iterdir()}
+    folder = ROOT / "src/chiasm"
+    found = (folder / "assets").rglob("*")
+    assets = {f"chiasm/{path.relative_to(folder)}" for path in found if path.is_file()}
     assert assets
     native = ROOT / "kernels/native"
     sources = {f"chiasm/kernels/native/{p.name}" for p in native.iterdir() if p.suffix in CPP}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from chiasm import bundled
 from chiasm.cli import failures
 from chiasm.client import Client, Delta, Finished, Sampling, Timings, image, user
 from chiasm.local import LocalStack, StackConfig
@@ -21,15 +20,13 @@ MAX_TOKENS = 24
 
 def demo(
     model: Annotated[
-        Path | None, typer.Option(help="Checkpoint directory; unset: a new random one.")
-    ] = None,
+        Path, typer.Option(help="Checkpoint directory.", show_default="the bundled model")
+    ] = bundled.CHECKPOINT,
 ) -> None:
     """Starts every service, asks about a picture, shows where the time went, stops everything."""
     console = Console(highlight=False)
-    with failures.reported(), tempfile.TemporaryDirectory(prefix="chiasm-demo-") as scratch:
-        stack = LocalStack(
-            StackConfig(model=model or _random_checkpoint(Path(scratch) / "tiny", console))
-        )
+    with failures.reported():
+        stack = LocalStack(StackConfig(model=model))
         try:
             with console.status("starting the services"):
                 endpoint = stack.start()
@@ -42,21 +39,10 @@ def demo(
     console.print("stopped all of them")
 
 
-def _random_checkpoint(directory: Path, console: Console) -> Path:
-    from chiasm.model.synth import synthesize
-
-    synthesize(directory, preset="tiny", seed=0)
-    console.print(
-        "The model is small and random, made just now: every part of the real architecture is in "
-        "it, but its words mean nothing.\nFor real answers pass --model DIR to `chiasm up`."
-    )
-    return directory
-
-
 def _ask(client: Client, console: Console) -> Finished:
     """Streams the answer to the bundled picture's question."""
-    picture = resources.files("chiasm").joinpath("assets/house.jpg").read_bytes()
-    console.print(f"\n[bold]user[/]       <house.jpg> {QUESTION}")
+    picture = bundled.PICTURE
+    console.print(f"\n[bold]user[/]       <{picture.name}> {QUESTION}")
     console.print("[bold]assistant[/]  ", end="")
     sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0)
     for event in client.generate([user(image(picture), QUESTION)], sampling=sampling):

@@ -14,7 +14,7 @@ import structlog
 import typer
 from rich.console import Console
 
-from chiasm import errors
+from chiasm import bundled, errors
 from chiasm.cli import failures, running
 from chiasm.local import Interrupted, LocalStack, StackConfig, describe
 from chiasm.telemetry import logs
@@ -34,7 +34,9 @@ VideoAdvance = Annotated[
 
 
 def up(
-    model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    model: Annotated[
+        Path, typer.Option(help="Checkpoint directory.", show_default="the bundled model")
+    ] = bundled.CHECKPOINT,
     host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gateway; 0: a free one.")] = 8000,
     text_shards: Annotated[int, typer.Option(help="Shards of the text pool.")] = 2,
