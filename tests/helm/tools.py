@@ -1,4 +1,4 @@
-"""promtool, from the system or out of Debian's package."""
+"""Prometheus and promtool, from the system or out of Debian's package."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chiasm
 TIMEOUT_S = 240
 
 
-@cache
 def promtool() -> str:
     """Where it is; without it, and without a way to get it, the test fails."""
-    found = shutil.which("promtool")
+    return _program("promtool")
+
+
+def prometheus() -> str:
+    """The same of the server."""
+    return _program("prometheus")
+
+
+@cache
+def _program(name: str) -> str:
+    found = shutil.which(name)
     if found is not None:
         return found
-    unpacked = CACHE / "promtool"
+    unpacked = CACHE / name
     if not unpacked.exists():
         try:
             _unpack(unpacked)
         except (OSError, subprocess.SubprocessError):
-            pytest.fail("promtool is missing: apt-get install prometheus", pytrace=False)
+            pytest.fail(f"{name} is missing: apt-get install prometheus", pytrace=False)
     return str(unpacked)
 
 
 def _unpack(to: Path) -> None:
-    """Takes the program out of the package, without installing it."""
+    """Takes a program out of the package, without installing it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         try:
@@ -41,7 +50,7 @@ def _unpack(to: Path) -> None:
             _run("apt-get", "download", "prometheus", cwd=folder)
         (package,) = Path(folder).glob("prometheus_*.deb")
         _run("dpkg-deb", "--extract", str(package), "root", cwd=folder)
-        (Path(folder) / "root/usr/bin/promtool").replace(to)
+        (Path(folder) / "root/usr/bin" / to.name).replace(to)
 
 
 def _run(*command: str, cwd: str) -> None:
