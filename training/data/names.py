@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -35,6 +36,11 @@ class Bilingual:
             self.en.format(**{name: word.en for name, word in words.items()}),
             self.zh.format(**{name: word.zh for name, word in words.items()}),
         )
+
+
+def sentences(said: Sequence[Bilingual]) -> Bilingual:
+    """One after the other; Chinese has no spaces."""
+    return Bilingual(" ".join(one.en for one in said), "".join(one.zh for one in said))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from chiasm.training.data.names import (
     SHAPES,
     Bilingual,
     Phrasings,
+    sentences,
 )
 from chiasm.training.data.sample import Draft, Picture, Split, Task
 from chiasm.training.data.scenes import CELL, IS_COLOUR, draw_cells
@@ -92,7 +93,7 @@ def _draft_colours(rng: Random) -> Draft:
     return Draft(
         key=placed,
         phrasings=_COLOURS,
-        answer=Bilingual(" ".join(one.en for one in said), "".join(one.zh for one in said)),
+        answer=sentences(said),
         fields={"shapes": listed([SHAPE_NAMES[shape] for shape in shapes])},
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
         shows=probes.cells(placed, _COLUMNS * _ROWS),

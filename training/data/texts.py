@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings
+from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings, sentences
 from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
@@ -102,8 +102,7 @@ class Facts:
     def told(self, pairs: Sequence[tuple[Bilingual, Bilingual]]) -> Bilingual:
         """Some of them as sentences."""
         form = _HAS if self.is_number else _LIKES
-        said = [form.filled(name=name, value=value) for name, value in pairs]
-        return Bilingual(" ".join(one.en for one in said), "".join(one.zh for one in said))
+        return sentences([form.filled(name=name, value=value) for name, value in pairs])
 
 
 def any_facts(rng: Random) -> Facts:
