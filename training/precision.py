@@ -32,5 +32,5 @@ def narrow_linears(module: nn.Module) -> None:
     """Replaces every linear layer below `module`; names and parameters stay what they are."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear):
                 setattr(parent, name, NarrowLinear.of(child))

@@ -102,7 +102,7 @@ _BUNDLED = Preset(
             trains=_SIGHT,
             mix=SEE,
             batch_tokens=2048,
-            schedule=Schedule(steps=4600, warmup=100, peak=2e-3, floor=4e-5),
+            schedule=Schedule(steps=4000, warmup=100, peak=2e-3, floor=4e-5),
             sight_alone=True,
         ),
         Stage(
@@ -110,7 +110,7 @@ _BUNDLED = Preset(
             trains=_EVERYTHING,
             mix=MIX,
             batch_tokens=1024,
-            schedule=Schedule(steps=8400, warmup=100, peak=1e-3, floor=1e-5),
+            schedule=Schedule(steps=7600, warmup=100, peak=1e-3, floor=1e-5),
             # Letters have most of the labels: from the start they would drown what text and vision
             # experts have to learn before.
             lessons=(

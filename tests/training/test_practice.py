@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - Chinese has its own punctuation
 """What is practised is true, and none of it is held out."""
 
 from __future__ import annotations
