@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chiasm.kernels import native
+from chiasm.kernels import dense, native
 from chiasm.kernels.quant.formats import (
     DenseMatrices,
     ExpertMatrices,
@@ -30,9 +30,6 @@ MAX_FUSED_ROWS: Mapping[type[ExpertMatrices], int] = {
     Tcq2Matrices: 48,
 }
 """Of a run: with more, to widen the matrix costs less than to read its codes for every few rows."""
-
-MAX_DENSE_ROWS = 4
-"""Of a run with a bfloat16 matrix: with more, torch's product is as fast as memory."""
 
 _INT8, _INT4, _TCQ2 = range(3)
 
@@ -99,7 +96,7 @@ def _most_rows(matrices: ExpertMatrices, x: torch.Tensor) -> int:
         return 0
     if isinstance(matrices, DenseMatrices):
         is_plain = matrices.weight.dtype is x.dtype and matrices.weight.is_contiguous()
-        return MAX_DENSE_ROWS if is_plain and native.has_bfloat16() else 0
+        return dense.MAX_FEW_ROWS if is_plain and native.has_bfloat16() else 0
     return MAX_FUSED_ROWS[type(matrices)] if _stack(matrices) is not None else 0
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from chiasm.kernels import dense
 from chiasm.model.config import TextConfig
+from chiasm.model.linear import Linear
 from chiasm.model.moe import Experts, MoeBlock, SwiGLU
 from chiasm.model.norm import RMSNorm
 from chiasm.model.rope import rotary_tables, rotate
@@ -61,10 +62,10 @@ class Attention(nn.Module):
         query_size, kv_size = (
             heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)
         )
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(query_size, config.hidden_size)
 
     def forward(
         self,
@@ -141,9 +142,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = TextModel(config)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -158,7 +157,7 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, H] -> float32 [N, V]; the product is in the model's dtype."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float()
+        return dense.linear(hidden, head.weight).float()
 
 
 def interleave(computations: Sequence[Stages]) -> list[torch.Tensor]:
