@@ -9,6 +9,7 @@ the training side of their own tasks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
@@ -19,18 +20,14 @@ from chiasm.training.data.drawing import paper, photographed
 from chiasm.training.data.names import (
     COLOUR_NAMES,
     COLOURS,
-    NO,
     SHAPE_NAMES,
     SHAPES,
-    YES,
     Bilingual,
     Phrasings,
-    lines,
-    listed,
+    sentences,
 )
-from chiasm.training.data.pairs import VERDICT
 from chiasm.training.data.sample import Draft, Picture, Split, Task
-from chiasm.training.data.scenes import CELL, IS_AT, IS_COLOUR, PLACES, SIDE, draw_cells
+from chiasm.training.data.scenes import CELL, IS_COLOUR, draw_cells
 
 _COLUMNS, _ROWS = 3, 2
 _STRAY = 4
@@ -43,10 +40,6 @@ _COLOURS = Phrasings(
     en=("Which colours do they have: {shapes}?",),
     zh=("{shapes}各是什么颜色？",),
 )
-_PLACES = Phrasings(
-    en=("Where are they: {shapes}?",),
-    zh=("{shapes}各在哪里？",),
-)
 _SPELL = Phrasings(
     en=("Read all the letters.", "Which letters are these?"),
     zh=("请读出所有字母。", "图中有哪些字母？"),
@@ -55,19 +48,15 @@ _LINES = Phrasings(
     en=("Read all the words.", "What do the lines say?"),
     zh=("请读出所有单词。", "每一行写着什么？"),
 )
-_REPEAT = Phrasings(
-    en=("Repeat: {words}", "Say this again: {words}"),
-    zh=("请重复：{words}", "请再说一遍：{words}"),
-)
-_ALIKE = Phrasings(
-    en=("The first picture shows {first}, the second {second}. Are they alike?",),
-    zh=("第一张图是{first}，第二张图是{second}，一样吗？",),
-)
-_WORDS = (*COLOUR_NAMES.values(), *SHAPE_NAMES.values(), *texts.PEOPLE)
 _RANKING = Phrasings(
     en=("Order the bars from the tallest to the shortest.", "Name the bars, the tallest first."),
     zh=("请从高到低说出柱子的颜色。", "柱子从高到低是哪些颜色？"),
 )
+
+
+def listed(items: Sequence[Bilingual]) -> Bilingual:
+    """All of them, in order."""
+    return Bilingual(", ".join(i.en for i in items), "、".join(i.zh for i in items))
 
 
 def _draft_inventory(rng: Random) -> Draft:
@@ -86,7 +75,7 @@ def _draft_inventory(rng: Random) -> Draft:
         phrasings=_LIST,
         answer=listed(names),
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
-        shows=probes.cells(placed, _COLUMNS, _ROWS),
+        shows=probes.cells(placed, _COLUMNS * _ROWS),
     )
 
 
@@ -104,28 +93,10 @@ def _draft_colours(rng: Random) -> Draft:
     return Draft(
         key=placed,
         phrasings=_COLOURS,
-        answer=lines(said),
+        answer=sentences(said),
         fields={"shapes": listed([SHAPE_NAMES[shape] for shape in shapes])},
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
-        shows=probes.cells(placed, _COLUMNS, _ROWS),
-    )
-
-
-def _draft_places(rng: Random) -> Draft:
-    """Two to four shapes, asked for in another order."""
-    shapes = rng.sample(SHAPES, rng.randint(2, 4))
-    cells = rng.sample(range(SIDE**2), len(shapes))
-    placed = tuple(
-        (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
-    )
-    said = [IS_AT.filled(shape=SHAPE_NAMES[shape], place=PLACES[cell]) for shape, _, cell in placed]
-    return Draft(
-        key=placed,
-        phrasings=_PLACES,
-        answer=lines(said),
-        fields={"shapes": listed([SHAPE_NAMES[shape] for shape in shapes])},
-        draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE, SIDE),
+        shows=probes.cells(placed, _COLUMNS * _ROWS),
     )
 
 
@@ -198,42 +169,14 @@ def _draft_recall(rng: Random) -> Draft:
     )
 
 
-def _draft_repeat(rng: Random) -> Draft:
-    """Words of no order, to be said again: what came after this one before?"""
-    said = [rng.choice(_WORDS) for _ in range(rng.randint(8, 24))]
-    words = Bilingual(" ".join(word.en for word in said), "".join(word.zh for word in said))
-    return Draft(
-        key=(words.en,),
-        phrasings=_REPEAT,
-        answer=words,
-        fields={"words": words},
-    )
-
-
-def _draft_alike(rng: Random) -> Draft:
-    """The verdict on two pictures that are told of, alike half of the time."""
-    is_alike = rng.random() < 0.5
-    names = tuple(rng.choice((COLOUR_NAMES, SHAPE_NAMES)).values())
-    first, second = [rng.choice(names)] * 2 if is_alike else rng.sample(names, 2)
-    return Draft(
-        key=(first.en, second.en),
-        phrasings=_ALIKE,
-        answer=VERDICT.filled(first=first, second=second, verdict=YES if is_alike else NO),
-        fields={"first": first, "second": second},
-    )
-
-
 TASKS = tuple(
     Task(name=name, threshold=0.9, draft=draft)
     for name, draft in (
         ("inventory", _draft_inventory),
         ("colours", _draft_colours),
-        ("places", _draft_places),
         ("letters", _draft_letters),
         ("lines", _draft_lines),
         ("ranking", _draft_ranking),
         ("recall", _draft_recall),
-        ("repeat", _draft_repeat),
-        ("alike", _draft_alike),
     )
 )
