@@ -20,33 +20,41 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Few bfloat16 rows on a CPU take kernels/native/dense.cpp, unless gradients are recorded.
     """
-    if not _is_few(x, weight):
+    few = x.dim() == 2 and 0 < x.shape[0] <= MAX_FEW_ROWS and not torch.is_grad_enabled()
+    if not few or not is_readable(x, weight):
         return F.linear(x, weight)
-    library = native.library()
-    assert library is not None  # or it had no bfloat16
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
     first, end, rows = _lists(x.shape[0])
-    library.chiasm_dense(
-        _pointer(weight),
-        *map(ctypes.c_int64, weight.shape),
-        _pointer(x),
-        ctypes.c_int32(1),
-        *map(_pointer, (first, first, end, rows, out)),
-        torch.get_num_threads(),
-    )
+    multiply(x, weight, 1, first, first, end, rows, out)
     return out
 
 
-def _is_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `multiply` takes them on this machine."""
     return (
         x.dtype is torch.bfloat16 is weight.dtype
         and x.device.type == "cpu"
-        and x.dim() == 2
-        and 0 < x.shape[0] <= MAX_FEW_ROWS
         and weight.is_contiguous()
-        and not torch.is_grad_enabled()
+        and native.library() is not None
         and native.has_bfloat16()
+    )
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, num_runs: int, *lists: torch.Tensor) -> None:
+    """Runs of few rows of x through the matrices of weight [.., N, K]: `chiasm_dense`.
+
+    lists: int32 experts, begins, ends and index, then out, all contiguous.
+    """
+    library = native.library()
+    assert library is not None  # or it had no bfloat16
+    library.chiasm_dense(
+        pointer(weight),
+        *map(ctypes.c_int64, weight.shape[-2:]),
+        pointer(x),
+        ctypes.c_int32(num_runs),
+        *map(pointer, lists),
+        torch.get_num_threads(),
     )
 
 
@@ -60,5 +68,6 @@ def _lists(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    """Of the first element, as C++ wants it."""
     return ctypes.c_void_p(tensor.data_ptr())

@@ -86,36 +86,37 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
     if few:
         x, index = x.contiguous(), runs.index.contiguous()
         lists = torch.tensor(few, dtype=torch.int32).t().contiguous()
-        _multiply(matrices, x, len(few), *map(_pointer, (*lists, index, out)))
+        _multiply(matrices, x, len(few), *lists, index, out)
     return out
 
 
 def _most_rows(matrices: ExpertMatrices, x: torch.Tensor) -> int:
     """Rows of a run up to which the compiled products are there and worth their while."""
+    if isinstance(matrices, DenseMatrices):
+        return dense.MAX_FEW_ROWS if dense.is_readable(x, matrices.weight) else 0
     if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or native.library() is None:
         return 0
-    if isinstance(matrices, DenseMatrices):
-        is_plain = matrices.weight.dtype is x.dtype and matrices.weight.is_contiguous()
-        return dense.MAX_FEW_ROWS if is_plain and native.has_bfloat16() else 0
     return MAX_FUSED_ROWS[type(matrices)] if _stack(matrices) is not None else 0
 
 
 def _multiply(
-    matrices: ExpertMatrices, x: torch.Tensor, num_runs: int, *lists: ctypes.c_void_p
+    matrices: ExpertMatrices, x: torch.Tensor, num_runs: int, *lists: torch.Tensor
 ) -> None:
     """The runs of few rows. lists: experts, begins, ends, index, out."""
-    library = native.library()
-    assert library is not None  # or no run would have been of few rows
-    count, threads = ctypes.c_int32(num_runs), torch.get_num_threads()
     if isinstance(matrices, DenseMatrices):
-        shape = map(ctypes.c_int64, matrices.shape)
-        weight = _pointer(matrices.weight)
-        library.chiasm_dense(weight, *shape, _pointer(x), count, *lists, threads)
+        dense.multiply(x, matrices.weight, num_runs, *lists)
         return
-    stack = _stack(matrices)
+    library, stack = native.library(), _stack(matrices)
+    assert library is not None  # or no run would have been of few rows
     assert stack is not None
-    num_rows = ctypes.c_int64(x.shape[0])
-    library.chiasm_linear(ctypes.byref(stack), _pointer(x), num_rows, count, *lists, threads)
+    library.chiasm_linear(
+        ctypes.byref(stack),
+        dense.pointer(x),
+        ctypes.c_int64(x.shape[0]),
+        ctypes.c_int32(num_runs),
+        *map(dense.pointer, lists),
+        torch.get_num_threads(),
+    )
 
 
 def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.Tensor:
@@ -133,7 +134,7 @@ def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.
         ctypes.byref(stack),
         ctypes.c_int64(expert * rows),
         ctypes.c_int64(rows),
-        _pointer(out),
+        dense.pointer(out),
         torch.get_num_threads(),
     )
     return out
@@ -153,7 +154,3 @@ def _stack(matrices: ExpertMatrices) -> _Stack | None:
     if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
         return None
     return _Stack(kind, *matrices.shape, *(t.data_ptr() for t in tensors))
-
-
-def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
