@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from chiasm.flags import settings_command
+from chiasm.kernels import native
 from chiasm.membership import Role, ShardSet, Topology
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
@@ -89,6 +90,8 @@ def _load_weights(
 ) -> tuple[LanguageModel, list[ExpertBank]]:
     """The decoder's own weights and, colocated, both banks."""
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    if device.type == "cpu":
+        native.library()  # compiled now rather than during the first step
     with torch.device("meta"):
         model = LanguageModel(config.text)
     num_elements = sum(p.numel() for p in model.parameters())
