@@ -29,6 +29,24 @@ def decoder_metrics(stack: LocalStack) -> dict[str, float]:
     return {name: float(value) for name, _, value in samples}
 
 
+def memory(stack: LocalStack) -> dict[str, dict[str, int]]:
+    """Bytes by process: `own`, that nothing else backs; `resident`, with its share of files that
+    are mapped; `peak`, the most that was resident at any time, shared pages counted whole."""
+    return {name: _memory(child.pid) for name, child in stack.children.items()}
+
+
+def _memory(pid: int) -> dict[str, int]:
+    smaps = _kilobytes(Path(f"/proc/{pid}/smaps_rollup"))
+    peak = _kilobytes(Path(f"/proc/{pid}/status"))["VmHWM"]
+    return {"own": smaps["Anonymous"], "resident": smaps["Pss"], "peak": peak}
+
+
+def _kilobytes(file: Path) -> dict[str, int]:
+    """Lines `name: N kB`, in bytes."""
+    lines = (line.split() for line in file.read_text().splitlines() if line.endswith(" kB"))
+    return {name.rstrip(":"): int(number) * 1024 for name, number, _ in lines}
+
+
 def _ticks(pid: int) -> int:
     # The name before the closing bracket may hold anything; utime and stime are fields 14 and 15.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
