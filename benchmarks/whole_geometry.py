@@ -5,7 +5,8 @@
 `chiasm synth` writes random weights straight in low precision (about 12 GB on disk); the stack of
 separate processes serves them. Measured through the gateway: tokens a second of decoding by batch
 size and of a long prompt, seconds to the first token of a question about a picture, and what every
-process holds in memory.
+process holds in memory. A request alone is in one process at a time, so each process may take all
+cores, unless OMP_NUM_THREADS says otherwise.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint")
     options = parser.parse_args()
     os.environ["CHIASM_KV_CACHE_TOKENS"] = str(KV_CACHE_TOKENS)
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with documents.measuring("whole_geometry") as document, contextlib.ExitStack() as running:
         work = options.work or Path(running.enter_context(tempfile.TemporaryDirectory()))
         model, found = work / "model", dict[str, Any](preset=PRESET, experts=PRECISION)
@@ -50,6 +52,7 @@ def main() -> None:
             start = time.perf_counter()
             synthesize(model, preset=PRESET, experts=PRECISION)
             found["synth_s"] = time.perf_counter() - start
+        found["threads"] = int(threads)
         found["checkpoint_bytes"] = sum(file.stat().st_size for file in model.iterdir())
         start = time.perf_counter()
         stack = LocalStack(
