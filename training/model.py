@@ -189,10 +189,7 @@ def initialize(model: TrainingModel, seed: int) -> None:
 
     Matrices have the standard deviation 1 / sqrt(inputs), which for the published width of 2560 is
     ERNIE's initializer_range, 0.02. Those that write to the residual stream are smaller by
-    sqrt(2 * layers) (GPT-2). Norms are one, biases zero. Queries of the language model begin equal
-    to the keys of their group, so that from the first step a token attends to its like: look-up by
-    content, which from unrelated matrices comes late or never, is close at hand (Trockman and
-    Kolter, Mimetic Initialization of Self-Attention Layers, 2023).
+    sqrt(2 * layers) (GPT-2). Norms are one, biases zero.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = model.config.text.num_layers
@@ -207,8 +204,3 @@ def initialize(model: TrainingModel, seed: int) -> None:
             if name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
                 std *= (2 * layers) ** -0.5
             parameter.normal_(std=std, generator=generator)
-    for layer in model.language.model.layers:
-        attention, text = layer.self_attn, model.config.text
-        keys = attention.k_proj.weight.view(text.num_kv_heads, 1, text.head_dim, -1)
-        queries = attention.q_proj.weight.view(text.num_kv_heads, -1, *keys.shape[2:])
-        queries.copy_(keys.expand_as(queries))

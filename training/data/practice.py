@@ -3,34 +3,31 @@
 
 A question with a one-word answer tells one thing about a picture that took a hundred times the work
 to look at. These ask for everything that is there, in order, and so teach shapes, colours, letters
-and heights many at a time. They share no sample with what is held out: words come from the
-training side of their own task.
+and heights many at a time. They share no sample with what is held out: words and facts come from
+the training side of their own tasks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from chiasm.training.data import bars, probes, words
+from chiasm.training.data import bars, probes, texts, words
 from chiasm.training.data.drawing import paper, photographed
 from chiasm.training.data.names import (
     COLOUR_NAMES,
     COLOURS,
-    NO,
     SHAPE_NAMES,
     SHAPES,
-    YES,
     Bilingual,
     Phrasings,
-    lines,
-    listed,
+    sentences,
 )
-from chiasm.training.data.pairs import VERDICT
 from chiasm.training.data.sample import Draft, Picture, Split, Task
-from chiasm.training.data.scenes import CELL, IS_COLOUR, SIDE, draw_cells, told_places
+from chiasm.training.data.scenes import CELL, IS_COLOUR, draw_cells
 
 _COLUMNS, _ROWS = 3, 2
 _STRAY = 4
@@ -43,10 +40,6 @@ _COLOURS = Phrasings(
     en=("Which colours do they have: {shapes}?",),
     zh=("{shapes}各是什么颜色？",),
 )
-_PLACES = Phrasings(
-    en=("Say where everything is.", "Where is each shape?"),
-    zh=("请说出每个图形的位置。", "每个图形各在哪里？"),
-)
 _SPELL = Phrasings(
     en=("Read all the letters.", "Which letters are these?"),
     zh=("请读出所有字母。", "图中有哪些字母？"),
@@ -55,14 +48,15 @@ _LINES = Phrasings(
     en=("Read all the words.", "What do the lines say?"),
     zh=("请读出所有单词。", "每一行写着什么？"),
 )
-_ALIKE = Phrasings(
-    en=("The first picture shows {first}, the second {second}. Are they alike?",),
-    zh=("第一张图是{first}，第二张图是{second}，一样吗？",),
-)
 _RANKING = Phrasings(
     en=("Order the bars from the tallest to the shortest.", "Name the bars, the tallest first."),
     zh=("请从高到低说出柱子的颜色。", "柱子从高到低是哪些颜色？"),
 )
+
+
+def listed(items: Sequence[Bilingual]) -> Bilingual:
+    """All of them, in order."""
+    return Bilingual(", ".join(i.en for i in items), "、".join(i.zh for i in items))
 
 
 def _draft_inventory(rng: Random) -> Draft:
@@ -81,7 +75,7 @@ def _draft_inventory(rng: Random) -> Draft:
         phrasings=_LIST,
         answer=listed(names),
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
-        shows=probes.cells(placed, _COLUMNS, _ROWS),
+        shows=probes.cells(placed, _COLUMNS * _ROWS),
     )
 
 
@@ -99,26 +93,10 @@ def _draft_colours(rng: Random) -> Draft:
     return Draft(
         key=placed,
         phrasings=_COLOURS,
-        answer=lines(said),
+        answer=sentences(said),
         fields={"shapes": listed([SHAPE_NAMES[shape] for shape in shapes])},
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
-        shows=probes.cells(placed, _COLUMNS, _ROWS),
-    )
-
-
-def _draft_places(rng: Random) -> Draft:
-    """Where two to four shapes are."""
-    shapes = rng.sample(SHAPES, rng.randint(2, 4))
-    cells = rng.sample(range(SIDE**2), len(shapes))
-    placed = tuple(
-        (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
-    )
-    return Draft(
-        key=placed,
-        phrasings=_PLACES,
-        answer=told_places(placed),
-        draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE, SIDE),
+        shows=probes.cells(placed, _COLUMNS * _ROWS),
     )
 
 
@@ -178,16 +156,16 @@ def _draft_ranking(rng: Random) -> Draft:
     )
 
 
-def _draft_alike(rng: Random) -> Draft:
-    """The verdict on two pictures that are told of, alike half of the time."""
-    is_alike = rng.random() < 0.5
-    names = tuple(rng.choice((COLOUR_NAMES, SHAPE_NAMES)).values())
-    first, second = [rng.choice(names)] * 2 if is_alike else rng.sample(names, 2)
+def _draft_recall(rng: Random) -> Draft:
+    """All facts again, in another order."""
+    while texts.LOOKUP.split_of((facts := texts.any_facts(rng)).key) is not Split.TRAIN:
+        pass
+    asked = rng.sample(facts.pairs, len(facts.pairs))
     return Draft(
-        key=(first.en, second.en),
-        phrasings=_ALIKE,
-        answer=VERDICT.filled(first=first, second=second, verdict=YES if is_alike else NO),
-        fields={"first": first, "second": second},
+        key=(facts.key, tuple(name.en for name, _ in asked)),
+        phrasings=texts.ALL_NUMBERS if facts.is_number else texts.ALL_COLOURS,
+        answer=facts.told(asked),
+        fields={"facts": facts.told(facts.pairs), "names": listed([name for name, _ in asked])},
     )
 
 
@@ -196,10 +174,9 @@ TASKS = tuple(
     for name, draft in (
         ("inventory", _draft_inventory),
         ("colours", _draft_colours),
-        ("places", _draft_places),
         ("letters", _draft_letters),
         ("lines", _draft_lines),
         ("ranking", _draft_ranking),
-        ("alike", _draft_alike),
+        ("recall", _draft_recall),
     )
 )

@@ -21,7 +21,6 @@ from chiasm.training.data.names import (
     SHAPES,
     Bilingual,
     Phrasings,
-    lines,
 )
 from chiasm.training.data.sample import Draft, Picture, Task
 
@@ -82,30 +81,20 @@ _RELATION = Phrasings(
 
 # Answers are sentences that name what was asked for first: what it is like is then found by the
 # word just said, where an answer of one word has to find both at once.
-# Where things are is told in the order of the cells, as it is read: up to the one asked for, or,
-# where one is asked for by the other, of both before the verdict.
 IS_COLOUR = Bilingual("The {shape} is {colour}.", "{shape}是{colour}。")
 _IS_AT = Bilingual("The {shape} is {place}.", "{shape}在{place}。")
-_IS_BESIDE = Bilingual(
-    "The {first} is {place}, the {second} {away}: the {shape} is {side}.",
-    "{first}在{place}，{second}在{away}：{shape}在{side}。",
-)
+_IS_BESIDE = Bilingual("The {shape} is {side} the {other}.", "{shape}在{other}的{side}。")
 
-PLACES = (
-    Bilingual("at the top left", "左上"),
-    Bilingual("at the top", "上方"),
-    Bilingual("at the top right", "右上"),
-    Bilingual("at the left", "左侧"),
-    Bilingual("in the centre", "中间"),
-    Bilingual("at the right", "右侧"),
-    Bilingual("at the bottom left", "左下"),
-    Bilingual("at the bottom", "下方"),
-    Bilingual("at the bottom right", "右下"),
-)
-"""By cell of a picture of SIDE x SIDE cells."""
+PLACES = {
+    0: Bilingual("at the top left", "左上"),
+    2: Bilingual("at the top right", "右上"),
+    4: Bilingual("in the centre", "中间"),
+    6: Bilingual("at the bottom left", "左下"),
+    8: Bilingual("at the bottom right", "右下"),
+}
 SIDES = {
-    (-1, 0): Bilingual("to the left", "左边"),
-    (1, 0): Bilingual("to the right", "右边"),
+    (-1, 0): Bilingual("left of", "左边"),
+    (1, 0): Bilingual("right of", "右边"),
     (0, -1): Bilingual("above", "上面"),
     (0, 1): Bilingual("below", "下面"),
 }
@@ -177,7 +166,7 @@ def _draft_colour(rng: Random) -> Draft:
         answer=IS_COLOUR.filled(shape=SHAPE_NAMES[shape], colour=COLOUR_NAMES[colour]),
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng, rows=2),),
-        shows=probes.cells(placed, SIDE, 2),
+        shows=probes.cells(placed, 2 * SIDE),
     )
 
 
@@ -192,35 +181,22 @@ def _draft_count(rng: Random) -> Draft:
         answer=Bilingual.same(count),
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE, SIDE),
+        shows=probes.cells(placed, SIDE**2),
     )
 
 
-def told_places(placed: Sequence[Placed], upto: str | None = None) -> Bilingual:
-    """Where each of them is, a line each in the order of the cells; `upto` is told last."""
-    said = []
-    for shape, _, cell in sorted(placed, key=_cell):
-        said.append(_IS_AT.filled(shape=SHAPE_NAMES[shape], place=PLACES[cell]))
-        if shape == upto:
-            break
-    return lines(said)
-
-
-def _cell(placed: Placed) -> int:
-    return placed[2]
-
-
 def _draft_place(rng: Random) -> Draft:
-    cell, away = rng.sample(range(SIDE**2), 2)
+    cell, away = rng.choice(tuple(PLACES)), rng.randrange(SIDE**2 - 1)
+    away += away >= cell
     shape, other = rng.sample(SHAPES, 2)
     placed = tuple((s, rng.choice(tuple(COLOURS)), c) for s, c in ((shape, cell), (other, away)))
     return Draft(
         key=placed,
         phrasings=_WHERE,
-        answer=told_places(placed, upto=shape),
+        answer=_IS_AT.filled(shape=SHAPE_NAMES[shape], place=PLACES[cell]),
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE, SIDE),
+        shows=probes.cells(placed, SIDE**2),
     )
 
 
@@ -232,22 +208,14 @@ def _draft_relation(rng: Random) -> Draft:
     cells = [SIDE * line + at if across else SIDE * at + line for at in (near, far)]
     shapes = rng.sample(SHAPES, 2)
     placed = tuple((s, rng.choice(tuple(COLOURS)), c) for s, c in zip(shapes, cells, strict=True))
-    asked, other = (SHAPE_NAMES[shape] for shape in shapes)
-    (first, _, place), (second, _, away) = sorted(placed, key=_cell)
+    named = {"shape": SHAPE_NAMES[shapes[0]], "other": SHAPE_NAMES[shapes[1]]}
     return Draft(
         key=placed,
         phrasings=_RELATION,
-        answer=_IS_BESIDE.filled(
-            first=SHAPE_NAMES[first],
-            place=PLACES[place],
-            second=SHAPE_NAMES[second],
-            away=PLACES[away],
-            shape=asked,
-            side=SIDES[across, down],
-        ),
-        fields={"shape": asked, "other": other},
+        answer=_IS_BESIDE.filled(side=SIDES[across, down], **named),
+        fields=named,
         draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE, SIDE),
+        shows=probes.cells(placed, SIDE**2),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings, lines
+from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings, sentences
 from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
@@ -33,24 +33,28 @@ PEOPLE = (
     Bilingual("Max", "小华"),
     Bilingual("Lily", "小兰"),
 )
-NUMBERS = tuple(
-    Bilingual(name, str(number))
-    for number, name in enumerate(
-        ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    )
-)
 _HAS = Bilingual("{name} has {value} apples.", "{name}有{value}个苹果。")
 _LIKES = Bilingual("{name} likes {value}.", "{name}喜欢{value}。")
-# A name comes with the words of its fact only where the fact is told: what followed those words is
-# then the value, and the question leads nobody astray.
 _HOW_MANY = Phrasings(
-    en=("{facts}\nHow many apples does {name} have?", "{facts}\nAnd the apples of {name}?"),
-    zh=("{facts}\n{name}的苹果是几个？", "{facts}\n请问{name}的苹果有多少个？"),
+    en=("{facts} How many apples does {name} have?", "{facts} What number of apples has {name}?"),
+    zh=("{facts}{name}有几个苹果？", "{facts}请问{name}有多少个苹果？"),
 )
 _WHICH_COLOUR = Phrasings(
-    en=("{facts}\nWhich colour does {name} like?", "{facts}\nAnd the colour of {name}?"),
-    zh=("{facts}\n{name}的颜色是什么？", "{facts}\n请问{name}的颜色是哪种？"),
+    en=(
+        "{facts} Which colour does {name} like?",
+        "{facts} What colour does {name} like?",
+    ),
+    zh=("{facts}{name}喜欢什么颜色？", "{facts}请问{name}喜欢哪种颜色？"),
 )
+ALL_NUMBERS = Phrasings(
+    en=("{facts} How many apples have {names}?",),
+    zh=("{facts}{names}各有几个苹果？",),
+)
+ALL_COLOURS = Phrasings(
+    en=("{facts} Which colours do they like: {names}?",),
+    zh=("{facts}{names}各喜欢什么颜色？",),
+)
+
 _FILLER = (
     Bilingual("The sun is warm today.", "今天阳光很暖和。"),
     Bilingual("A small dog runs in the park.", "一只小狗在公园里跑。"),
@@ -96,9 +100,9 @@ class Facts:
         return tuple((name.en, value.en) for name, value in self.pairs)
 
     def told(self, pairs: Sequence[tuple[Bilingual, Bilingual]]) -> Bilingual:
-        """Some of them, a sentence a line."""
+        """Some of them as sentences."""
         form = _HAS if self.is_number else _LIKES
-        return lines([form.filled(name=name, value=value) for name, value in pairs])
+        return sentences([form.filled(name=name, value=value) for name, value in pairs])
 
 
 def any_facts(rng: Random) -> Facts:
@@ -106,7 +110,7 @@ def any_facts(rng: Random) -> Facts:
     people = rng.sample(PEOPLE, rng.randint(3, 5))
     is_number = rng.random() < 0.5
     values = (
-        rng.sample(NUMBERS, len(people))
+        [Bilingual.same(number) for number in rng.sample(range(10), len(people))]
         if is_number
         else [COLOUR_NAMES[colour] for colour in rng.sample(tuple(COLOURS), len(people))]
     )
@@ -114,14 +118,13 @@ def any_facts(rng: Random) -> Facts:
 
 
 def _draft_lookup(rng: Random) -> Draft:
-    """The answer tells the facts again, up to the one that was asked for."""
     facts = any_facts(rng)
-    asked = rng.randrange(len(facts.pairs))
+    asked = rng.choice(facts.pairs)
     return Draft(
         key=facts.key,
         phrasings=_HOW_MANY if facts.is_number else _WHICH_COLOUR,
-        answer=facts.told(facts.pairs[: asked + 1]),
-        fields={"facts": facts.told(facts.pairs), "name": facts.pairs[asked][0]},
+        answer=facts.told([asked]),
+        fields={"facts": facts.told(facts.pairs), "name": asked[0]},
     )
 
 
@@ -140,8 +143,10 @@ def _draft_copy(rng: Random) -> Draft:
     )
 
 
+LOOKUP = Task(name="lookup", threshold=0.98, draft=_draft_lookup)
+
 TASKS = (
     Task(name="sums", threshold=0.98, draft=_draft_sum),
-    Task(name="lookup", threshold=0.98, draft=_draft_lookup),
+    LOOKUP,
     Task(name="copy", threshold=0.98, draft=_draft_copy),
 )
