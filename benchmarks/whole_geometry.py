@@ -5,8 +5,7 @@
 `chiasm synth` writes random weights straight in low precision (about 12 GB on disk); the stack of
 separate processes serves them. Measured through the gateway: tokens a second of decoding by batch
 size and of a long prompt, seconds to the first token of a question about a picture, and what every
-process holds in memory. A request alone is in one process at a time, so each process may take all
-cores, unless OMP_NUM_THREADS says otherwise.
+process holds in memory; with half the cores a process, as `chiasm up` has it, and with all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 
 from benchmarks import documents, seam
 from benchmarks.processes import memory
+from chiasm import cores
 from chiasm.bench import content
 from chiasm.bench.workload import Picture
 from chiasm.client import AsyncClient, Sampling, image, user
@@ -44,28 +44,39 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint")
     options = parser.parse_args()
     os.environ["CHIASM_KV_CACHE_TOKENS"] = str(KV_CACHE_TOKENS)
-    threads = os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with documents.measuring("whole_geometry") as document, contextlib.ExitStack() as running:
         work = options.work or Path(running.enter_context(tempfile.TemporaryDirectory()))
-        model, found = work / "model", dict[str, Any](preset=PRESET, experts=PRECISION)
+        model, num_cores = work / "model", cores.usable()
         if not model.exists():
-            start = time.perf_counter()
             synthesize(model, preset=PRESET, experts=PRECISION)
-            found["synth_s"] = time.perf_counter() - start
-        found["threads"] = int(threads)
-        found["checkpoint_bytes"] = sum(file.stat().st_size for file in model.iterdir())
-        start = time.perf_counter()
-        stack = LocalStack(
-            StackConfig(model=model, text_shards=1, vision_shards=1, startup_timeout_s=START_S)
-        )
-        running.callback(stack.stop)
+        document["result"] = {
+            "preset": PRESET,
+            "experts": PRECISION,
+            "checkpoint_bytes": sum(file.stat().st_size for file in model.iterdir()),
+            "by_threads": {
+                threads: _serve(model, threads)
+                for threads in sorted({num_cores // 2 or 1, num_cores})
+            },
+        }
+
+
+def _serve(model: Path, threads: int) -> dict[str, Any]:
+    """A stack's numbers, its processes having so many threads each; prints them."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    stack = LocalStack(
+        StackConfig(model=model, text_shards=1, vision_shards=1, startup_timeout_s=START_S)
+    )
+    start = time.perf_counter()
+    try:
         endpoint = stack.start()
-        found["start_s"] = time.perf_counter() - start
+        found: dict[str, Any] = {"start_s": time.perf_counter() - start}
         found["memory_after_start"] = memory(stack)
-        found.update(asyncio.run(_measure(endpoint)))
+        found |= asyncio.run(_measure(endpoint))
         found["memory_at_the_end"] = memory(stack)
-        document["result"] = found
-        sys.stdout.write(_summary(found))
+    finally:
+        stack.stop()
+    sys.stdout.write(f"== OMP_NUM_THREADS={threads}\n{_summary(found)}")
+    return found
 
 
 async def _measure(endpoint: str) -> dict[str, Any]:
@@ -98,16 +109,20 @@ async def _picture_seconds(client: AsyncClient, seed: int) -> float:
 
 
 def _summary(found: dict[str, Any]) -> str:
-    lines = [
+    lines = [f"ready after {found['start_s']:.0f} s"]
+    lines += [
         f"decode, batch {batch}: {max(speeds):.2f} tokens/s"
         for batch, speeds in found["decode_tokens_per_s"].items()
     ]
     lines.append(f"prefill of {PREFILL_TOKENS}: {max(found['prefill_tokens_per_s']):.1f} tokens/s")
     lines.append(f"picture, first token: {min(found['picture_first_token_s']):.1f} s")
-    lines += [
-        f"{name}: {held['own'] / 1e9:.2f} GB of its own, {held['resident'] / 1e9:.2f} GB resident"
-        for name, held in found["memory_at_the_end"].items()
-    ]
+    lines.append("GB of its own, after the start and at the end:")
+    before, after = (
+        {name: held["own"] / 1e9 for name, held in found[moment].items()}
+        for moment in ("memory_after_start", "memory_at_the_end")
+    )
+    lines += [f"  {name}: {before[name]:.2f}, {after[name]:.2f}" for name in before]
+    lines.append(f"  all: {sum(before.values()):.2f}, {sum(after.values()):.2f}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -18,7 +18,7 @@ from typing import Literal, Self
 import grpc
 import structlog
 
-from chiasm import errors
+from chiasm import cores, errors
 from chiasm.child import Child
 from chiasm.membership import Topology
 from chiasm.replicas import Orders, Replicas
@@ -351,11 +351,7 @@ def _environment(name: str) -> dict[str, str]:
     and none takes all cores; whatever the user has set stays. Only OTEL_SERVICE_NAME, which would
     make one service of all, is a prefix here.
     """
-    if hasattr(os, "sched_getaffinity"):
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
-    threads = str(max(1, num_cores // 2))
+    threads = str(max(1, cores.usable() // 2))
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if prefix := os.environ.get("OTEL_SERVICE_NAME"):
         environment["OTEL_SERVICE_NAME"] = f"{prefix}-{name.rstrip('-0123456789')}"

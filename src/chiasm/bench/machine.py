@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+
+from chiasm import cores
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
@@ -14,9 +15,7 @@ def describe() -> dict[str, object]:
     """Processor, cores, memory and versions, as far as the system tells."""
     return {
         "processor": _field("/proc/cpuinfo", "model name") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores.usable(),
         "memory": _field("/proc/meminfo", "MemTotal"),
         "gpu": _gpu(),
         "python": platform.python_version(),
