@@ -160,7 +160,7 @@ def vllm(python: Path, model: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    flags += ["--dtype", "bfloat16"]
+    flags += ["--dtype", "bfloat16", "--served-model-name", model.name]
     flags += ["--max-model-len", "4096", "--no-enable-prefix-caching"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
