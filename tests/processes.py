@@ -26,10 +26,15 @@ class ServiceProcess:
 
     def resident_bytes(self, kind: str) -> int:
         """RssAnon or RssFile of the process."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith(f"{kind}:"):
-                return int(line.split()[1]) * 1024
-        raise KeyError(kind)
+        return memory_bytes(self.process.pid, kind)
+
+
+def memory_bytes(pid: int, kind: str) -> int:
+    """Of a process: RssAnon or RssFile, or VmHWM, the most ever resident."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(kind)
 
 
 @contextmanager

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint.banks import bank, matrices, wide
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from chiasm.convert import calibrate, plan, quality, report, stream
 from chiasm.convert.model import WholeModel
@@ -26,9 +27,12 @@ from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.expert_weights import DOWN, GATE_UP
 from chiasm.model.experts import ExpertBank
+from chiasm.model.linear import Matrix
+from chiasm.model.load import load_module
 from chiasm.model.manifest import Manifest
 from chiasm.model.quantization import ExpertFormat
 from chiasm.model.synth import synthesize
+from chiasm.model.text import LanguageModel
 from chiasm.types import Modality
 
 TEXT, VISION = Modality.TEXT, Modality.VISION
@@ -114,6 +118,75 @@ def test_every_layout_can_be_converted(converted: Path, tmp_path: Path, hub: Pat
     with Checkpoint(tmp_path / "other", ModelConfig.load(tmp_path / "other")) as checkpoint:
         assert not checkpoint.has("model.layers.1.mlp.experts.0.gate_proj.weight")
         assert checkpoint.has("model.layers.1.mlp.shared_experts.gate_proj.weight")
+
+
+def test_matrices_that_every_token_goes_through(converted: Path, hub: Path, tmp_path: Path) -> None:
+    """In every layout, those of attention, shared experts, the dense layer and the vocabulary."""
+    for name, source in (("hub", hub), ("other", converted)):
+        convert(source, tmp_path / name, Options(dense="int8"))
+    given, *models = (language_model(d) for d in (hub, tmp_path / "hub", tmp_path / "other"))
+    found = [[m for m in model.modules() if isinstance(m, Matrix)] for model in (given, *models)]
+    text = ModelConfig.load(hub).text
+    assert len(found[0]) == 1 + 7 * text.num_layers
+    for original, mine, theirs in zip(*found, strict=True):
+        assert mine.coded is not None
+        assert theirs.coded is not None
+        for field in ("codes", "scale"):
+            assert torch.equal(getattr(mine.coded, field), getattr(theirs.coded, field))
+        weight = mine.coded.dequantize(0, torch.float32)
+        assert float((weight - original.weight).norm() / original.weight.norm()) < 0.012
+        for num_rows in (1, 3, 70):
+            x = torch.randn(num_rows, weight.shape[1])
+            torch.testing.assert_close(mine.multiply(x), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    ids = torch.tensor([5, 0, text.vocab_size - 1, 5])
+    rows = models[0].embed(ids)
+    assert rows.dtype is torch.float32
+    weight = models[0].model.embed_tokens.coded.dequantize(0, torch.float32)
+    assert torch.equal(rows, weight[ids])
+    assert bank(tmp_path / "other", TEXT).precision == "float32"
+
+
+def test_a_head_of_its_own_and_both_halves_of_a_model(tmp_path: Path) -> None:
+    synthesize(tmp_path / "model", preset=replace(wide(), shard_bytes=1 << 30))
+    untie(tmp_path / "model")
+    options = Options(text_experts="int4", vision_experts="int4", dense="int8")
+    convert(tmp_path / "model", tmp_path / "out", options)
+    config = ModelConfig.load(tmp_path / "out")
+    assert config.quantization == plan.make(tmp_path / "model", options).quantization
+    model = language_model(tmp_path / "out")
+    assert model.lm_head is not None
+    assert model.lm_head.coded is not None
+    x = torch.randn(2, config.text.hidden_size)
+    expected = x @ model.lm_head.coded.dequantize(0, torch.float32).t()
+    torch.testing.assert_close(model.logits(x), expected, rtol=1e-4, atol=1e-4)
+    rows = report.rows(plan.make(tmp_path / "model", options), Manifest.load(tmp_path / "out"))
+    assert {(r.layer, r.part) for r in rows} == {
+        *((layer, report.DENSE) for layer in (None, 0, 1)),
+        *((1, modality) for modality in Modality),
+    }
+    with pytest.raises(InvalidArgument, match="in low precision already"):
+        convert(tmp_path / "out", tmp_path / "twice")
+    with pytest.raises(InvalidArgument, match="dense: 'int4' is none of stored, int8"):
+        Options(dense="int4")
+
+
+def untie(directory: Path) -> None:
+    """Gives a checkpoint of one file a head that is not its embedding."""
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": False}))
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def language_model(directory: Path) -> LanguageModel:
+    config = ModelConfig.load(directory)
+    with torch.device("meta"):
+        model = LanguageModel(config.text)
+    with Checkpoint(directory, config) as checkpoint:
+        load_module(model, checkpoint, "", torch.float32)
+    return model
 
 
 def test_one_bank_may_stay_as_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -256,7 +329,7 @@ def test_another_table_is_noticed(tiny_checkpoint: Path, tmp_path: Path) -> None
 def test_report(mixed: Path, tiny_checkpoint: Path) -> None:
     made = plan.make(tiny_checkpoint, MIXED)
     rows = report.rows(made, Manifest.load(mixed))
-    assert [(r.layer, r.modality, r.precision) for r in rows][:4] == [
+    assert [(r.layer, r.part, r.precision) for r in rows][:4] == [
         (1, TEXT, "int8"),
         (1, VISION, "int8"),
         (2, TEXT, "int4"),
@@ -266,7 +339,7 @@ def test_report(mixed: Path, tiny_checkpoint: Path) -> None:
         error = RELATIVE_ERRORS[row.precision]
         assert error / 4 < row.cost.relative_error < error
         assert row.gap_db > 0  # random weights cannot be coded better than the bound
-        size = (mixed / f"experts-{row.layer:03d}-{row.modality}.safetensors").stat().st_size
+        size = (mixed / f"experts-{row.layer:03d}-{row.part}.safetensors").stat().st_size
         assert row.file_bits == 8 * size
         # Scales, of short rows many, and in the file names and shapes.
         assert row.cost.bits_per_weight < row.file_bits / row.cost.num_weights

@@ -15,6 +15,7 @@ from quant import wint2_files
 from safetensors.torch import load_file
 
 from chiasm.errors import InvalidArgument
+from chiasm.kernels.quant import int8
 from chiasm.kernels.quant.wint2 import Wint2Matrices
 from chiasm.model.config import ModelConfig
 from chiasm.model.synth import PRESETS, synthesize
@@ -31,6 +32,7 @@ LAST = 3
         ({"experts": {"text": [{"layer": 9, "precision": "int8"}]}}, r"integer in 0\.\.3"),
         ({"experts": {"text": [{"layer": 1, "precision": "int3"}]}}, "none of int8"),
         ({"experts": {"vision": {}}}, "must be a list"),
+        ({"experts": {}, "dense": "int2"}, "none of stored, int8"),
     ],
 )
 def test_blocks_that_cannot_be_read(
@@ -85,6 +87,30 @@ def test_synthetic_experts_in_low_precision(precision: str, tmp_path: Path) -> N
     synthesize(tmp_path / "again", experts=precision, seed=3)
     for file in (tmp_path / "model").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("experts", ["stored", "tcq2"])
+def test_synthetic_dense_weights_in_int8(experts: str, tmp_path: Path) -> None:
+    """They are those of the same seed in full width, rounded."""
+    synthesize(tmp_path / "model", experts=experts, dense="int8", seed=3)
+    synthesize(tmp_path / "stored", experts=experts, seed=3)
+    found, given = (
+        {k: t for f in (tmp_path / name).glob("*.safetensors") for k, t in load_file(f).items()}
+        for name in ("model", "stored")
+    )
+    for name in ("model.embed_tokens", "model.layers.2.mlp.shared_experts.down_proj"):
+        coded = int8.encode(given[f"{name}.weight"][None])
+        assert torch.equal(found[f"{name}.codes"], coded.codes[0])
+        assert torch.equal(found[f"{name}.scale"], coded.scale[0])
+        assert f"{name}.weight" not in found
+    kept = [name for name in given if f"{name.removesuffix('.weight')}.codes" not in found]
+    assert all(torch.equal(found[name], given[name]) for name in kept)
+    config = ModelConfig.load(tmp_path / "model")
+    assert config.quantization.dense == "int8"
+    assert config.quantization.of(1, TEXT).precision == experts
+    assert bank(tmp_path / "model", TEXT).precision == {"stored": "float32"}.get(experts, experts)
+    with pytest.raises(InvalidArgument, match="dense: 'tcq2' is none of stored, int8"):
+        synthesize(tmp_path / "wrong", dense="tcq2")
 
 
 def test_the_published_geometry_in_low_precision() -> None:

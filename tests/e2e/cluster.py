@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from processes import memory_bytes
 
 from chiasm.child import Child
 from chiasm.client import Client, Delta, Prompt, Result, Sampling
@@ -176,10 +177,7 @@ class Cluster(LocalStack):
 
     def resident_bytes(self, name: str) -> int:
         """Anonymous memory of a process."""
-        status = Path(f"/proc/{self.children[name].pid}/status").read_text()
-        found = re.search(r"RssAnon:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) * 1024
+        return memory_bytes(self.children[name].pid, "RssAnon")
 
     def _channel(self, name: str) -> grpc.Channel:
         return grpc.insecure_channel(self.address(name), options=options(CONTROL_BYTES))

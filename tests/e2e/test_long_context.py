@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint.converters import reference_model
+from processes import memory_bytes
 
 from chiasm import errors
 from chiasm.client import Client, Sampling, Tokens
@@ -63,14 +64,6 @@ def client(stack: LocalStack) -> Iterator[Client]:
         yield connected
 
 
-def peak_bytes(pid: int) -> int:
-    """The most memory the process ever had resident."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError("VmHWM")
-
-
 def prompt(num_tokens: int) -> list[int]:
     return np.random.default_rng(num_tokens).integers(10, 400, num_tokens).tolist()
 
@@ -95,9 +88,9 @@ def test_last_logits_are_the_references(client: Client, directory: Path, num_tok
 def test_the_whole_context(client: Client, stack: LocalStack) -> None:
     """131,071 prompt tokens and one answer fit; the same prompt again is known but for its end."""
     ids = prompt(CONTEXT - 1)
-    before = peak_bytes(stack.children["decoder"].pid)
+    before = memory_bytes(stack.children["decoder"].pid, "VmHWM")
     found = client.complete(Tokens(token_ids=ids), sampling=ONE_TOKEN)
-    assert peak_bytes(stack.children["decoder"].pid) - before < MAX_GROWTH_BYTES
+    assert memory_bytes(stack.children["decoder"].pid, "VmHWM") - before < MAX_GROWTH_BYTES
     assert found.usage.prompt_tokens == CONTEXT - 1
     assert found.finish_reason == "length"
     again = client.complete(Tokens(token_ids=ids), sampling=ONE_TOKEN)

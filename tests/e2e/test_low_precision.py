@@ -51,11 +51,14 @@ SETUPS = {
         seed=12,
         flags=("--colocate", "--vision-shards", "4"),
     ),
+    "all but vision, int8": Setup(
+        options=Options(text_experts="int8", dense="int8"), seed=12, flags=("--text-shards", "2")
+    ),
 }
 
 
 def widen(directory: Path, out: Path) -> Path:
-    """The converted checkpoint with every expert in float32 again, in the hub's layout."""
+    """The converted checkpoint with every matrix in float32 again, in the hub's layout."""
     out.mkdir()
     config = ModelConfig.load(directory)
     tensors = {
@@ -64,6 +67,10 @@ def widen(directory: Path, out: Path) -> Path:
         for name, tensor in load_file(file).items()
         if ".mlp.experts." not in name and not name.startswith("chiasm.")
     }
+    for name in [name for name in tensors if name.endswith(".codes")]:
+        matrix = name.removesuffix(".codes")
+        codes, scale = tensors.pop(name).float(), tensors.pop(f"{matrix}.scale")
+        tensors[f"{matrix}.weight"] = codes * scale[:, None]
     with Checkpoint(directory, config) as checkpoint:
         for modality in Modality:
             bank = ExpertBank(

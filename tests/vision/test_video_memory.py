@@ -6,12 +6,12 @@ import io
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from processes import memory_bytes
 from vision.test_service import Process, header
 
 from chiasm.model.synth import synthesize
@@ -67,11 +67,7 @@ def paced(data: bytes) -> Iterator[Any]:
 
 
 def peak_bytes(process: Process) -> int:
-    """The most memory the process ever had resident."""
-    for line in Path(f"/proc/{process.popen.pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError("VmHWM")
+    return memory_bytes(process.popen.pid, "VmHWM")
 
 
 def test_peak_memory_does_not_grow_with_the_length(process: Process) -> None:

@@ -1,4 +1,4 @@
-"""`chiasm convert`: a checkpoint with its routed experts in low precision."""
+"""`chiasm convert`: a checkpoint in low precision."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def convert(
         int, typer.Option(min=0, help="So many MoE layers, from the first, in --first-precision.")
     ] = 0,
     first_precision: Annotated[str, typer.Option(help="Precision of the first layers.")] = "int8",
+    dense: Annotated[
+        str,
+        typer.Option(help="The matrices that every token goes through: stored or int8."),
+    ] = "stored",
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Rotate the inputs of tcq2 matrices: for heavy tails.")
     ] = False,
@@ -40,7 +44,7 @@ def convert(
         int, typer.Option("--eval", min=0, help="Held-out questions of each task to compare on.")
     ] = 0,
 ) -> None:
-    """Writes a checkpoint that every command takes, with the routed experts in fewer bits.
+    """Writes a checkpoint that every command takes, in fewer bits.
 
     A run that was stopped goes on when it is started again with the same options. What the
     conversion cost is printed and written to OUT/chiasm_conversion.json; --calibrate and --eval use
@@ -54,6 +58,7 @@ def convert(
             vision_experts=vision_experts,
             first_layers=first_layers,
             first_precision=first_precision,
+            dense=dense,
             is_rotated=rotate,
             num_calibration=calibrate,
         )

@@ -19,6 +19,9 @@ def synth(
     experts: Annotated[
         str, typer.Option(help="Routed experts: stored (as --dtype), int8, int4 or tcq2.")
     ] = "stored",
+    dense: Annotated[
+        str, typer.Option(help="The language model's other matrices: stored or int8.")
+    ] = "stored",
     layers: Annotated[
         int | None, typer.Option(min=1, help="Number of layers; unset: the preset's.")
     ] = None,
@@ -30,4 +33,6 @@ def synth(
         dimensions = find(preset)
         if layers is not None:
             dimensions = replace(dimensions, num_layers=layers)
-        synthesize(directory, preset=dimensions, seed=seed, dtype=dtype, experts=experts)
+        synthesize(
+            directory, preset=dimensions, seed=seed, dtype=dtype, experts=experts, dense=dense
+        )

@@ -14,10 +14,17 @@ from safetensors import safe_open
 from chiasm.errors import InvalidArgument
 from chiasm.kernels.quant import table
 from chiasm.kernels.quant.hadamard import BLOCK
+from chiasm.model import dense_weights
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.expert_weights import DOWN, FIELDS, GATE_UP, TABLE_KEY, Bank, check_width
-from chiasm.model.quantization import STORED, WRITTEN, ExpertFormat, Quantization
+from chiasm.model.quantization import (
+    STORED,
+    WRITTEN,
+    WRITTEN_DENSE,
+    ExpertFormat,
+    Quantization,
+)
 from chiasm.model.stream import DTYPES, Layout, tensor_bytes
 from chiasm.types import Modality
 
@@ -30,28 +37,31 @@ _TABLE_FILE = "experts-table.safetensors"
 class Options:
     """Precisions by bank; the first layers, which suffer most, may have their own.
 
-    is_rotated: rotate the inputs of tcq2 matrices. num_calibration: questions whose activations
-    weigh the errors of int4 and tcq2; 0: none.
+    dense: of the language model's matrices that every token goes through. is_rotated: rotate the
+    inputs of tcq2 matrices. num_calibration: questions whose activations weigh the errors of int4
+    and tcq2; 0: none.
     """
 
     text_experts: str = STORED
     vision_experts: str = STORED
     first_layers: int = 0
     first_precision: str = "int8"
+    dense: str = STORED
     is_rotated: bool = False
     num_calibration: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("text_experts", "vision_experts", "first_precision"):
-            if getattr(self, field) not in PRECISIONS:
+        for field in ("text_experts", "vision_experts", "first_precision", "dense"):
+            known = (STORED, *WRITTEN_DENSE) if field == "dense" else PRECISIONS
+            if getattr(self, field) not in known:
                 raise InvalidArgument(
-                    field, f"{getattr(self, field)!r} is none of {', '.join(PRECISIONS)}"
+                    field, f"{getattr(self, field)!r} is none of {', '.join(known)}"
                 )
         if self.first_layers < 0:
             raise InvalidArgument("first_layers", "must be at least 0")
 
     def quantization(self, config: ModelConfig) -> Quantization:
-        """The format of every layer and bank."""
+        """The format of every layer and bank, and of the rest."""
         layers = config.text.moe_layers
         formats = {}
         banks = {Modality.TEXT: self.text_experts, Modality.VISION: self.vision_experts}
@@ -66,7 +76,7 @@ class Options:
                     )
         needs_table = any(form.precision == "tcq2" for form in formats.values())
         checksum = table.checksum(table.load()) if needs_table else ""
-        return Quantization(formats=formats, table_sha256=checksum)
+        return Quantization(formats=formats, table_sha256=checksum, dense=self.dense)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +105,20 @@ class ExpertFile:
     layout: Layout
 
 
-PlannedFile = CopyFile | TableFile | ExpertFile
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseFile:
+    """The matrices of one layer that every token goes through, or those of no layer, in int8.
+
+    matrices: their names in the source, without `.weight`.
+    """
+
+    name: str
+    layer: int | None
+    matrices: tuple[str, ...]
+    layout: Layout
+
+
+PlannedFile = CopyFile | TableFile | ExpertFile | DenseFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +147,10 @@ def make(source: Path, options: Options) -> Plan:
     """Raises InvalidArgument for a checkpoint that is in low precision already, and for a format
     that the model's dimensions do not allow; what Checkpoint raises for one that cannot be read."""
     config = ModelConfig.load(source)
-    if config.quantization.formats:
+    if not config.quantization.is_stored:
         raise InvalidArgument("model", f"{source} is in low precision already")
     quantization = options.quantization(config)
+    dense = list(_dense_files(config, quantization))
     with Checkpoint(source, config) as checkpoint:
         banks = [
             _bank(config, quantization, layer, modality)
@@ -135,8 +159,9 @@ def make(source: Path, options: Options) -> Plan:
             if not quantization.of(layer, modality).is_stored
         ]
         replaced = set().union(*(_keys(checkpoint, bank) for bank in banks))
+        replaced.update(*(checkpoint.keys_of(f"{n}.weight") for f in dense for n in f.matrices))
         copies = list(_copies(checkpoint.files, replaced))
-    files: list[PlannedFile] = [*copies, *map(_expert_file, banks)]
+    files: list[PlannedFile] = [*copies, *dense, *map(_expert_file, banks)]
     if quantization.table_sha256:
         files.append(TableFile(name=_TABLE_FILE, layout={TABLE_KEY: (torch.int8, (256,))}))
     return Plan(
@@ -205,6 +230,18 @@ def _expert_file(bank: Bank) -> ExpertFile:
                 layout[name] = (fields[field].dtype, fields[field].shape(*shape))
     name = f"experts-{bank.layer:03d}-{bank.modality}.safetensors"
     return ExpertFile(name=name, bank=bank, layout=layout)
+
+
+def _dense_files(config: ModelConfig, quantization: Quantization) -> Iterator[DenseFile]:
+    if quantization.dense == STORED:
+        return
+    for layer, names in dense_weights.by_layer(config.text).items():
+        yield DenseFile(
+            name=dense_weights.file_name(layer),
+            layer=layer,
+            matrices=tuple(names),
+            layout=dense_weights.layout(config.text, names),
+        )
 
 
 def _fingerprint(source: Path, options: Options, quantization: Quantization) -> str:

@@ -9,17 +9,20 @@ from typing import Any
 from rich.table import Table
 
 from chiasm.convert.encode import Cost
-from chiasm.convert.plan import ExpertFile, Plan
+from chiasm.convert.plan import DenseFile, ExpertFile, Plan
 from chiasm.model.manifest import Manifest
-from chiasm.types import Modality
+
+DENSE = "dense"
+"""The part of matrices that every token goes through."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One layer's bank, all its experts' matrices together. file_bits: of the file, headers too."""
+    """One file's matrices together. layer: None for those of no layer. part: the bank whose experts
+    they are, or DENSE. file_bits: of the file, headers too."""
 
-    layer: int
-    modality: Modality
+    layer: int | None
+    part: str
     precision: str
     cost: Cost
     file_bits: int
@@ -37,27 +40,34 @@ class Row:
 
 
 def rows(plan: Plan, manifest: Manifest) -> list[Row]:
-    """One row for each converted bank, in the order of layers."""
+    """One row for each file in low precision, in the order of writing."""
     found = []
+    layer: int | None
     for file in plan.files:
         if isinstance(file, ExpertFile):
-            entry = manifest.files[file.name]
-            costs = (Cost(**notes) for notes in entry.notes.values())
-            found.append(
-                Row(
-                    layer=file.bank.layer,
-                    modality=file.bank.modality,
-                    precision=file.bank.format.precision
-                    + ("+rotated" if file.bank.format.is_rotated else ""),
-                    cost=sum(costs, Cost()),
-                    file_bits=8 * entry.num_bytes,
-                )
+            form = file.bank.format
+            layer, part = file.bank.layer, str(file.bank.modality)
+            precision = form.precision + ("+rotated" if form.is_rotated else "")
+        elif isinstance(file, DenseFile):
+            layer, part, precision = file.layer, DENSE, plan.quantization.dense
+        else:
+            continue
+        entry = manifest.files[file.name]
+        found.append(
+            Row(
+                layer=layer,
+                part=part,
+                precision=precision,
+                cost=sum((Cost(**notes) for notes in entry.notes.values()), Cost()),
+                file_bits=8 * entry.num_bytes,
             )
+        )
     return found
 
 
 def document(found: list[Row]) -> dict[str, Any]:
     """The rows, and all of them together by precision, as one JSON object."""
+    experts = [row for row in found if row.part != DENSE]
     return {
         "layers": [_numbers(row) for row in found],
         "by_precision": {
@@ -68,26 +78,22 @@ def document(found: list[Row]) -> dict[str, Any]:
             }
             for precision, total in _totals(found).items()
         },
-        "experts_bits_per_weight": sum(row.file_bits for row in found)
-        / max(1, sum(row.cost.num_weights for row in found)),
+        "experts_bits_per_weight": sum(row.file_bits for row in experts)
+        / max(1, sum(row.cost.num_weights for row in experts)),
     }
 
 
 def table(found: list[Row]) -> Table:
     """The rows for a person."""
     view = Table(
-        "layer",
-        "experts",
-        "precision",
-        title="routed experts, before and after",
-        title_justify="left",
+        "layer", "part", "precision", title="weights, before and after", title_justify="left"
     )
     for header in ("bits/weight", "rel. error", "MSE", "bound", "gap"):
         view.add_column(header, justify="right")
     for row in found:
         view.add_row(
-            str(row.layer),
-            row.modality,
+            "" if row.layer is None else str(row.layer),
+            row.part,
             row.precision,
             f"{row.cost.bits_per_weight:.3f}",
             f"{row.cost.relative_error:.4f}",
@@ -101,7 +107,7 @@ def table(found: list[Row]) -> Table:
 def _numbers(row: Row) -> dict[str, Any]:
     return {
         "layer": row.layer,
-        "modality": str(row.modality),
+        "part": row.part,
         "precision": row.precision,
         "num_weights": row.cost.num_weights,
         "bits_per_weight": row.cost.bits_per_weight,

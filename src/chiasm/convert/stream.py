@@ -1,4 +1,4 @@
-"""Carries out a plan: file by file, expert by expert, one matrix in memory at a time.
+"""Carries out a plan: file by file, matrix by matrix, one in memory at a time.
 
 A file is renamed to its name when it is whole, then the manifest names it with its checksum. A run
 that was killed leaves whole files, and a partial one that the next run overwrites; it goes on with
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from chiasm.convert.encode import Cost, encode
 from chiasm.convert.plan import (
     CopyFile,
+    DenseFile,
     ExpertFile,
     Plan,
     PlannedFile,
@@ -36,12 +37,15 @@ from chiasm.model import manifest
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.expert_weights import DOWN, GATE_UP, TABLE_KEY
 from chiasm.model.manifest import FileEntry, Manifest
-from chiasm.model.quantization import BAIDU_KEY, KEY
+from chiasm.model.quantization import BAIDU_KEY, KEY, ExpertFormat
 from chiasm.model.stream import SafetensorsStream
 from chiasm.model.writer import write_json
 from chiasm.types import Modality
 
 INDEX = "model.safetensors.index.json"
+DENSE_ROWS = 4096
+"""Of a matrix, encoded at a time: an embedding in float32 would take a gigabyte, several times."""
+
 _LOCK = "chiasm_convert.lock"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -102,6 +106,8 @@ class _Writer:
                 self._copy(file, stream)
             elif isinstance(file, TableFile):
                 stream.add(TABLE_KEY, table.load())
+            elif isinstance(file, DenseFile):
+                notes = self._encode_dense(file, stream)
             else:
                 notes = self._encode(file, stream)
         return FileEntry(stream.sha256, stream.num_bytes, notes)
@@ -127,6 +133,24 @@ class _Writer:
                     stream.add(name, tensors[field])
                     self._on_bytes(tensors[field].nbytes)
         return {projection: dataclasses.asdict(cost) for projection, cost in costs.items()}
+
+    def _encode_dense(self, file: DenseFile, stream: SafetensorsStream) -> dict[str, Any]:
+        """Writes matrices, some rows of one at a time; returns what encoding cost each."""
+        costs = {}
+        for name in file.matrices:
+            weight, cost = self._checkpoint.get(f"{name}.weight"), Cost()
+            parts: dict[str, list[torch.Tensor]] = {}
+            for rows in torch.split(weight, DENSE_ROWS):  # each has a scale of its own
+                tensors, part_cost = encode(rows, ExpertFormat("int8"), None)
+                cost += part_cost
+                for part, tensor in tensors.items():
+                    parts.setdefault(part, []).append(tensor)
+            for part, pieces in parts.items():
+                tensor = torch.cat(pieces)
+                stream.add(f"{name}.{part}", tensor)
+                self._on_bytes(tensor.nbytes)
+            costs[name] = dataclasses.asdict(cost)
+        return costs
 
 
 @contextlib.contextmanager
@@ -171,7 +195,7 @@ def _finish(plan: Plan, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     config.pop(BAIDU_KEY, None)
-    if plan.quantization.formats:
+    if not plan.quantization.is_stored:
         config[KEY] = plan.quantization.block()
     _replace(out / "config.json", config)
 

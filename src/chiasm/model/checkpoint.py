@@ -48,7 +48,7 @@ class Checkpoint:
         self._manifest = Manifest.load(directory) if verify else None
         self.bytes_read = 0
         """Bytes copied out of the files so far."""
-        self._config = config
+        self.config = config
         self._on_bytes = on_bytes
         self._open: dict[Path, Any] = {}
         self._files = self._locate(directory)
@@ -83,9 +83,9 @@ class Checkpoint:
 
         `expert` counts within its bank. Raises as `get` does.
         """
-        if not 0 <= expert < self._config.text.num_experts:
+        if not 0 <= expert < self.config.text.num_experts:
             raise InvalidArgument("expert", f"{expert} is not among the bank's experts")
-        prefix = expert_prefix(self._config.text, layer, modality, expert)
+        prefix = expert_prefix(self.config.text, layer, modality, expert)
         return self.get(f"{prefix}gate_up_proj.weight"), self.get(f"{prefix}down_proj.weight")
 
     @property

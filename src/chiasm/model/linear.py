@@ -1,4 +1,4 @@
-"""The linear layers of the language model."""
+"""The matrices of the language model, each in full width or in int8."""
 
 from __future__ import annotations
 
@@ -6,13 +6,44 @@ import torch
 from torch import nn
 
 from chiasm.kernels import dense
+from chiasm.kernels.quant.formats import Int8Matrices
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` without a bias that is fast for the few rows of a decode step."""
+class Matrix(nn.Module):
+    """What the matrices have in common: `weight` [N, K], or `coded` in its place."""
+
+    weight: torch.Tensor
+    coded: Int8Matrices | None = None
+    """A stack of one; the parameter is gone then."""
+
+    def hold(self, coded: Int8Matrices) -> None:
+        """Takes int8 in place of the parameter. For inference."""
+        self.coded = coded
+        self.register_parameter("weight", None)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] -> [M, N], of x's dtype; fast for the few rows of a decode step."""
+        if self.coded is not None:
+            return self.coded.linear(x, 0)
+        return dense.linear(x, self.weight)
+
+
+class Linear(nn.Linear, Matrix):
+    """`nn.Linear` without a bias."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return dense.linear(input, self.weight)
+        return self.multiply(input)
+
+
+class Embedding(nn.Embedding, Matrix):
+    """`nn.Embedding`, which may be the head too."""
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """int64 [T] -> [T, K]. dtype: the model's, which codes do not tell."""
+        if self.coded is None:
+            return self(ids)  # type: ignore[no-any-return]
+        codes, scale = self.coded.codes[0], self.coded.scale[0]
+        return (codes[ids].float() * scale[ids, None]).to(dtype)

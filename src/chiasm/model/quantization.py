@@ -1,4 +1,5 @@
-"""Which precision a checkpoint stores its routed experts in, by layer and bank. Needs no torch.
+"""Which precision a checkpoint stores its weights in: routed experts by layer and bank, and the
+language model's other matrices. Needs no torch.
 
 Two blocks of config.json are read: `chiasm_quantization`, which `chiasm convert` writes, and the
 `quantization_config` of Baidu's WINT2 checkpoints. Of the latter the WINT2 layers are read; layers
@@ -18,6 +19,9 @@ KEY, BAIDU_KEY = "chiasm_quantization", "quantization_config"
 VERSION = 1
 WRITTEN = ("int8", "int4", "tcq2")
 """What `chiasm convert` writes."""
+
+WRITTEN_DENSE = ("int8",)
+"""The same for the matrices of the language model that every token goes through."""
 
 STORED = "stored"
 """As the checkpoint has them: float32 or bfloat16."""
@@ -41,11 +45,18 @@ class ExpertFormat:
 class Quantization:
     """Formats by (layer, bank); those that are not named are stored in full width.
 
-    table_sha256: of the table that tcq2 needs, as it lies in the checkpoint.
+    table_sha256: of the table that tcq2 needs, as it lies in the checkpoint. dense: of the matrices
+    of model.linear, STORED or one of WRITTEN_DENSE.
     """
 
     formats: Mapping[tuple[int, Modality], ExpertFormat] = field(default_factory=dict)
     table_sha256: str = ""
+    dense: str = STORED
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether nothing is in low precision."""
+        return not self.formats and self.dense == STORED
 
     def of(self, layer: int, modality: Modality) -> ExpertFormat:
         return self.formats.get((layer, modality), ExpertFormat())
@@ -60,7 +71,12 @@ class Quantization:
             ]
             for modality in Modality
         }
-        return {"version": VERSION, "tcq2_table_sha256": self.table_sha256, "experts": banks}
+        return {
+            "version": VERSION,
+            "tcq2_table_sha256": self.table_sha256,
+            "experts": banks,
+            "dense": self.dense,
+        }
 
 
 def read(root: Section, num_layers: int) -> Quantization:
@@ -74,6 +90,9 @@ def read(root: Section, num_layers: int) -> Quantization:
 
 def _own(block: Section, num_layers: int) -> Quantization:
     block.require("version", VERSION)
+    dense = block.values.get("dense", STORED)
+    if dense not in (STORED, *WRITTEN_DENSE):
+        raise block.error("dense", f"{dense!r} is none of {STORED}, {', '.join(WRITTEN_DENSE)}")
     experts = block.section("experts")
     formats = {}
     for modality in Modality:
@@ -88,7 +107,9 @@ def _own(block: Section, num_layers: int) -> Quantization:
                 raise entry.error("precision", f"{precision!r} is none of {', '.join(WRITTEN)}")
             formats[layer, modality] = ExpertFormat(precision, entry.boolean("rotated", False))
     return Quantization(
-        formats=formats, table_sha256=str(block.values.get("tcq2_table_sha256", ""))
+        formats=formats,
+        table_sha256=str(block.values.get("tcq2_table_sha256", "")),
+        dense=dense,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import numpy as np
 import torch
 
 from chiasm.errors import InvalidArgument
-from chiasm.model import quantization, synth_tokenizer
+from chiasm.kernels.quant import int8
+from chiasm.model import dense_weights, quantization, synth_tokenizer
 from chiasm.model.config import ModelConfig
-from chiasm.model.quantization import STORED, WRITTEN
+from chiasm.model.quantization import STORED, WRITTEN, WRITTEN_DENSE, Quantization
 from chiasm.model.shapes import Shape
+from chiasm.model.stream import SafetensorsStream
 from chiasm.model.synth_experts import uniform, write_experts
+from chiasm.model.text import matrices
 from chiasm.model.writer import (
     DTYPES,
     FP32_SUFFIXES,
@@ -96,46 +101,76 @@ def synthesize(
     seed: int = 0,
     dtype: str = "bfloat16",
     experts: str = STORED,
+    dense: str = STORED,
 ) -> None:
     """Writes a random checkpoint with configuration and tokenizer into `directory`.
 
     `preset` is a name of PRESETS or dimensions of one's own. Weights are bfloat16 values stored as
     `dtype`; routers and their biases are float32, as published. `experts` is the precision of the
-    routed ones: STORED is `dtype` too. Raises InvalidArgument for an unknown preset, dtype or
-    precision and for a directory that is not empty.
+    routed ones, `dense` of the language model's other matrices: STORED is `dtype` too. Raises
+    InvalidArgument for an unknown preset, dtype or precision and for a directory that is not empty.
     """
     preset = find(preset) if isinstance(preset, str) else preset
     if dtype not in DTYPES:
         raise InvalidArgument("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
     if experts not in (STORED, *WRITTEN):
         raise InvalidArgument("experts", f"{experts!r} is none of {STORED}, {', '.join(WRITTEN)}")
+    if dense not in (STORED, *WRITTEN_DENSE):
+        raise InvalidArgument("dense", f"{dense!r} is none of {STORED}, {', '.join(WRITTEN_DENSE)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidArgument("directory", f"{directory} exists and is not an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = synth_tokenizer.train(preset.num_bpe_tokens)
     config = write_description(directory, preset, tokenizer, dtype=dtype)
     readable = synth_tokenizer.readable_ids(tokenizer)
-    written: dict[str, str] = {}
-    if experts != STORED:
-        config = _in_low_precision(directory, config, experts)
-        written = write_experts(directory, config, seed=seed, gain=_gain)
+    config = _in_low_precision(directory, config, replace(uniform(config, experts), dense=dense))
+
+    def drawn(name: str, shape: Shape) -> torch.Tensor:
+        return _rounded(name, _draw(name, shape, seed, readable))
+
+    written = write_experts(directory, config, seed=seed, gain=_gain)
+    if dense != STORED:
+        written |= _write_dense(directory, config, drawn)
     write_weights(
         directory,
         config,
-        lambda name, shape: _rounded(name, _draw(name, shape, seed, readable)),
+        drawn,
         shard_bytes=preset.shard_bytes,
-        is_wanted=lambda name: not written or ".mlp.experts." not in name,
+        is_wanted=lambda name: (
+            experts == STORED
+            if ".mlp.experts." in name
+            else f"{name.removesuffix('.weight')}.codes" not in written
+        ),
         written=written,
     )
 
 
-def _in_low_precision(directory: Path, config: ModelConfig, precision: str) -> ModelConfig:
+def _in_low_precision(directory: Path, config: ModelConfig, given: Quantization) -> ModelConfig:
     """Says so in config.json; returns the configuration as it is then."""
+    if given.is_stored:
+        return config
     file = directory / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
-    values[quantization.KEY] = uniform(config, precision).block()
+    values[quantization.KEY] = given.block()
     write_json(file, values)
     return ModelConfig.load(directory)
+
+
+def _write_dense(
+    directory: Path, config: ModelConfig, drawn: Callable[[str, Shape], torch.Tensor]
+) -> dict[str, str]:
+    """Writes the language model's matrices in int8; returns the file of each tensor."""
+    shapes = matrices(config.text)
+    weight_map: dict[str, str] = {}
+    for layer, names in dense_weights.by_layer(config.text).items():
+        file, layout = dense_weights.file_name(layer), dense_weights.layout(config.text, names)
+        with SafetensorsStream(directory / file, layout) as stream:
+            for name in names:
+                coded = int8.encode(drawn(f"{name}.weight", shapes[name])[None])
+                stream.add(f"{name}.codes", coded.codes[0])
+                stream.add(f"{name}.scale", coded.scale[0])
+        weight_map |= dict.fromkeys(layout, file)
+    return weight_map
 
 
 def _rounded(name: str, values: np.ndarray[Any, Any]) -> torch.Tensor:

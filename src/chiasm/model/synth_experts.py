@@ -25,7 +25,7 @@ from chiasm.model.expert_weights import (
     Field,
     check_width,
 )
-from chiasm.model.quantization import ExpertFormat, Quantization
+from chiasm.model.quantization import STORED, ExpertFormat, Quantization
 from chiasm.model.stream import SafetensorsStream
 from chiasm.types import Modality
 
@@ -35,7 +35,9 @@ _MIN_LOCAL = 192
 
 
 def uniform(config: ModelConfig, precision: str) -> Quantization:
-    """All routed experts in one precision."""
+    """All routed experts in one precision, or none in any."""
+    if precision == STORED:
+        return Quantization()
     formats = {
         (layer, modality): ExpertFormat(precision)
         for layer in config.text.moe_layers

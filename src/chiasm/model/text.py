@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from chiasm.kernels import dense
 from chiasm.model.config import TextConfig
-from chiasm.model.linear import Linear
+from chiasm.model.linear import Embedding, Linear, Matrix
 from chiasm.model.moe import Experts, MoeBlock, SwiGLU
 from chiasm.model.norm import RMSNorm
 from chiasm.model.rope import rotary_tables, rotate
@@ -115,7 +114,7 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_layers)
         )
@@ -147,8 +146,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, H]."""
-        out: torch.Tensor = self.model.embed_tokens(token_ids)
-        return out
+        return self.model.embed_tokens.rows(token_ids, self.model.norm.weight.dtype)
 
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         """embeddings [T, H] -> final hidden states [T, H]; see TextModel."""
@@ -157,7 +155,19 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, H] -> float32 [N, V]; the product is in the model's dtype."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return dense.linear(hidden, head.weight).float()
+        return head.multiply(hidden).float()
+
+
+def matrices(config: TextConfig) -> dict[str, tuple[int, int]]:
+    """Shapes [N, K] of the language model's matrices by canonical name without `.weight`: all its
+    weights but norms, gates and routed experts."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    return {
+        name: (module.weight.shape[0], module.weight.shape[1])
+        for name, module in model.named_modules()
+        if isinstance(module, Matrix)
+    }
 
 
 def interleave(computations: Sequence[Stages]) -> list[torch.Tensor]:
