@@ -64,7 +64,8 @@ void chiasm_dense(
     const int32_t* expert, const int32_t* begin, const int32_t* end, const int32_t* index,
     uint16_t* out, int threads) {
   const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) schedule(static)
+  // Dynamic: a core may be another process's for a while, and its share must not wait for it.
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t item = 0; item < num_runs * chunks; ++item) {
     const int64_t run = item / chunks, first = item % chunks * CHUNK;
     const int64_t count = std::min(CHUNK, n - first);

@@ -218,7 +218,8 @@ void linear(
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < num_rows; ++row) laid.fill(row, x + row * s.k, s.k);
-#pragma omp for schedule(static)
+    // Dynamic: a core may be another process's for a while, and its share must not wait for it.
+#pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < runs.count * chunks; ++item) {
       const int64_t run = item / chunks, first = runs.begin[run], begin = item % chunks * CHUNK;
       Part part;
