@@ -23,7 +23,7 @@ from chiasm.services.decoder import spans
 from chiasm.services.decoder.forward import ForwardPass
 from chiasm.services.decoder.pools import ExpertPools, PoolUnavailable
 from chiasm.services.decoder.sampler import Choice, choose, prompt_events
-from chiasm.services.decoder.scheduler import Chunk, Scheduler
+from chiasm.services.decoder.scheduler import Chunk, Schedule, Scheduler
 from chiasm.services.decoder.sequence import (
     FailedEvent,
     FinishedEvent,
@@ -171,6 +171,7 @@ class Engine:
         metrics.PREEMPTIONS.inc(len(schedule.preempted))
         for sequence in schedule.admitted:
             self._admitted(sequence, start)
+        self._unpark(schedule)
         self._wait_or_fail(schedule.parked, since=start)
         if not schedule.chunks:
             return False
@@ -295,6 +296,13 @@ class Engine:
             request_ids=[sequence.request_id for sequence in parked],
         )
         self._wait_or_fail(parked, since=start)
+
+    def _unpark(self, schedule: Schedule) -> None:
+        """Those that wait for something else than a pool wait for no pool any more."""
+        held = {*schedule.parked, *(chunk.sequence for chunk in schedule.chunks)}
+        for sequence in self._scheduler:
+            if sequence not in held:
+                sequence.parked_since = None
 
     def _wait_or_fail(self, sequences: Iterable[Sequence], *, since: int) -> None:
         """Books sequences as waiting for a pool; fails those that have waited too long."""

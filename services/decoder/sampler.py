@@ -49,6 +49,11 @@ def choose(
     is; rows ahead are for sequences without processors. The caller appends the tokens.
     """
     processed, failed = _process(logits, sequences)
+    # One row without a likeliest token must not take the others' step with it.
+    for i in (~processed.amax(dim=-1).isfinite()).nonzero()[:, 0].tolist():
+        processed = processed.clone() if processed is logits else processed
+        processed[i] = 0.0
+        failed.setdefault(i, errors.Internal("no token can follow: the logits are not finite"))
     ahead = ahead or [0] * len(sequences)
     steps = [s.num_generated + a for s, a in zip(sequences, ahead, strict=True)]
     ids = draw(processed, [s.sampling for s in sequences], steps)

@@ -269,7 +269,7 @@ class Scheduler:
                 block_digest(
                     digests[-1] if digests else b"",
                     sequence.token_ids[start : start + size],
-                    sequence.prompt_types[start : start + size],
+                    sequence.types(start, start + size),
                     sequence.media,
                     start,
                 )

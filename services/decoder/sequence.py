@@ -215,6 +215,15 @@ class Sequence:
         """Tokens of KV cache the request may come to need."""
         return self.num_prompt + self.sampling.max_tokens
 
+    def types(self, start: int, stop: int) -> bytes:
+        """Routing types of tokens [start, stop), as far as generated ones are what a prompt of these
+        tokens would have: text, at the positions that follow the prompt's last text."""
+        types = self.prompt_types[start:stop]
+        ends_in_text = self.prompt_types[-1] == TOKEN_TEXT
+        if ends_in_text and (self.positions[:, -1] + 1 == self.next_position).all():
+            return types.ljust(stop - start, bytes((TOKEN_TEXT,)))
+        return types
+
     def modalities(self, start: int, stop: int) -> frozenset[Modality]:
         """Banks that tokens [start, stop) are routed to; generated tokens are text."""
         types = self.prompt_types[start:stop]

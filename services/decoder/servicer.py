@@ -31,6 +31,7 @@ from chiasm.services.decoder.sequence import (
 )
 from chiasm.telemetry import traces
 from chiasm.transport import interceptors, loads
+from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, inference_pb2
 
 HANDOVER_TIMEOUT_S = 1.0
@@ -65,6 +66,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self._calls[request.request_id] = _current_task()
         self._idle.clear()
         try:
+            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
             with traces.span("decode", kind=traces.SERVER) as span:
                 span.set_attributes(
                     {
@@ -131,7 +133,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         )
         fetch_ns = time.monotonic_ns() - start if request.media else 0
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        sequence = self._sequence(request, embeddings)
+        sequence = self._sequence(request, embeddings, engine.load().kv_tokens_total)
         if sequence.finish_reason is not None:
             # All that was lost with another decoder is the word that it was the last token.
             yield wire.finished(sequence.finish_reason, wire.timings(sequence.timings, fetch_ns))
@@ -172,7 +174,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             engine.abort(sequence)
 
     def _sequence(
-        self, request: decoder_pb2.DecodeRequest, embeddings: list[torch.Tensor]
+        self, request: decoder_pb2.DecodeRequest, embeddings: list[torch.Tensor], capacity: int
     ) -> Sequence:
         positions, next_position = position_ids(
             len(request.token_types), wire.media(request), self._config
@@ -187,7 +189,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 MediaRows(ref.offset, ref.num_tokens, ref.digest, rows)
                 for ref, rows in zip(request.media, embeddings, strict=True)
             ),
-            sampling=wire.sampling(request, self._config),
+            sampling=wire.sampling(request, self._config, capacity=capacity),
             prompt_logits=request.prompt_logits,
             num_resumed=request.num_generated,
             trace_context=otel_context.get_current(),

@@ -104,13 +104,14 @@ def media(request: decoder_pb2.DecodeRequest) -> tuple[LaidOutMedia, ...]:
     )
 
 
-def sampling(request: decoder_pb2.DecodeRequest, config: ModelConfig) -> Sampling:
-    """Sampling parameters with every default filled in."""
+def sampling(request: decoder_pb2.DecodeRequest, config: ModelConfig, *, capacity: int) -> Sampling:
+    """Sampling parameters with every default filled in. capacity: tokens of the KV cache."""
     wire = request.sampling
     num_prompt = len(request.token_ids) - request.num_generated
+    room = min(config.text.max_position_embeddings, capacity) - num_prompt
     eos = () if wire.ignore_eos else config.tokens.eos
     return Sampling(
-        max_tokens=wire.max_tokens or config.text.max_position_embeddings - num_prompt,
+        max_tokens=wire.max_tokens or max(1, room),
         temperature=wire.temperature if wire.HasField("temperature") else 1.0,
         top_p=wire.top_p if wire.HasField("top_p") else 1.0,
         top_k=wire.top_k,

@@ -79,7 +79,7 @@ class Answer:
             if token_id == self._thought_end:
                 self._thought_end = None
                 delta.reasoning_text += self._thought.flush()
-            else:
+            elif token_id not in self._silent:
                 delta.reasoning_text += self._thought.push([token_id])
             return None
         text = "" if token_id in self._silent else self._text.push([token_id])

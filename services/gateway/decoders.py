@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import structlog
@@ -18,6 +19,7 @@ from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.members import MemberSearch, Waiting, may_try_another, peer_error
 from chiasm.telemetry import metrics, traces
 from chiasm.transport.membership import TopologyWatcher
+from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
 
 EVICTED = "EMBEDDING_EVICTED"
@@ -25,6 +27,9 @@ EVICTED = "EMBEDDING_EVICTED"
 
 MAX_RESUMES = 3
 """Decoders one answer may outlive. A request that brings decoders down must not go through all."""
+
+LOST = "DECODER_LOST"
+"""Reason of a call that broke off after the decoder had accepted it."""
 
 log = structlog.get_logger()
 
@@ -85,19 +90,23 @@ class Decoders:
                     yield event
                 return
             except errors.ChiasmError as error:
-                is_lost = isinstance(error, errors.Unavailable)
-                if has_output and is_lost and (not generated or not resumes_left):
-                    raise self._lost(error) from None
                 if not may_try_another(error):
                     raise
+                has_gone_on = len(generated) > num_before
+                if has_output and not generated:
+                    raise self._lost(error) from None  # what concerns the prompt is sent once
+                if has_gone_on or error.reason == LOST:
+                    if not resumes_left:
+                        raise self._lost(error) from None
+                    resumes_left -= 1
                 log.warning(
                     "decoder_away",
                     decoder=decoder.address,
                     generated=len(generated),
                     error=error.message[:256],
                 )
-                if len(generated) > num_before:
-                    search, resumes_left = self._search(deadline), resumes_left - 1
+                if has_gone_on:
+                    search = self._search(deadline)
                     metrics.RESUMES.inc()
                 search.failed(decoder, error)
             finally:
@@ -127,7 +136,7 @@ class Decoders:
     def _lost(self, error: errors.ChiasmError) -> errors.Unavailable:
         return errors.Unavailable(
             f"the decoder was lost while it answered: {error.message}",
-            reason="DECODER_LOST",
+            reason=LOST,
             retry_after_s=self._retry_after_s,
         )
 
@@ -161,6 +170,8 @@ class Decoders:
             if is_finished:
                 return  # all has been said
             error = peer_error(failure)
+            if error.reason == errors.Unavailable.default_reason and await _was_accepted(call):
+                error = errors.Unavailable(error.message, reason=LOST)
             traces.mark_failed(span, error)
             raise error from None
         finally:
@@ -169,6 +180,11 @@ class Decoders:
             self._in_flight[decoder.address] -= 1
             if not self._in_flight[decoder.address]:
                 del self._in_flight[decoder.address]
+
+
+async def _was_accepted(call: grpc.aio.UnaryStreamCall[Any, Any]) -> bool:
+    """Whether the decoder of a call that has ended had taken it in hand."""
+    return ACCEPTED_KEY in dict(await call.initial_metadata() or ())
 
 
 def _continued(

@@ -179,7 +179,6 @@ class Generator:
         """The decoder's events; media whose embeddings were evicted meanwhile are encoded again."""
         laid_out, observation, deadline = call.laid_out, call.observation, call.deadline
         encoded = laid_out.encoded
-        room = self._config.text.max_position_embeddings - laid_out.usage.prompt_tokens
         generated: list[int] = []
         for encodes_left in range(_MAX_ENCODE_AGAIN, -1, -1):
             request = decode_request(
@@ -188,7 +187,6 @@ class Generator:
                 encoded,
                 index=index,
                 seed=call.seed,
-                max_tokens=call.generation.sampling.max_tokens or room,
                 thought_end=call.thought_end,
             )
             events = self._decoders.decode(

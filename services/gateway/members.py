@@ -14,6 +14,9 @@ from chiasm.services.gateway.deadline import Deadline
 from chiasm.transport import status
 from chiasm.transport.membership import TopologyWatcher
 
+POOL_AWAY = "EXPERT_POOL_UNAVAILABLE"
+"""Reason of a decoder that has waited for an expert pool in vain."""
+
 _RETRY_PAUSE_S = 0.2
 
 
@@ -67,6 +70,7 @@ class MemberSearch:
         self._park_timeout_s, self._deadline = park_timeout_s, deadline
         self._park: Deadline | None = None
         self._failed: set[str] = set()
+        self._has_waited_for_pools = False
 
     async def candidates(self) -> list[MemberInfo]:
         """At least one member.
@@ -82,8 +86,16 @@ class MemberSearch:
             await self._wait(has_ready=bool(ready))
 
     def failed(self, member: MemberInfo, error: errors.ChiasmError) -> None:
-        """Takes a member out until all have been tried."""
+        """Takes a member out until all have been tried.
+
+        Raises the error when a second one says that an expert pool is away: each has waited for the
+        pool, and all have the same.
+        """
         self._failed.add(member.address)
+        if error.reason == POOL_AWAY:
+            if self._has_waited_for_pools:
+                raise error
+            self._has_waited_for_pools = True
         if error.reason != errors.Unavailable.default_reason:
             error.retry_after_s = error.retry_after_s or self._error.retry_after_s
             self._error = error

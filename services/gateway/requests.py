@@ -19,7 +19,6 @@ def decode_request(
     *,
     index: int,
     seed: int,
-    max_tokens: int,
     thought_end: int | None,
 ) -> decoder_pb2.DecodeRequest:
     """The request for answer `index`. Only the first one asks for the prompt's logits.
@@ -43,21 +42,17 @@ def decode_request(
             )
             for item in laid_out.prompt.media
         ],
-        sampling=_sampling(
-            generation, is_first=is_first, seed=(seed + index) % _SEEDS, max_tokens=max_tokens
-        ),
+        sampling=_sampling(generation, is_first=is_first, seed=(seed + index) % _SEEDS),
         prompt_logits=generation.prompt_logits and is_first,
         think_end_ids=() if thought_end is None else (thought_end,),
         grammar=grammar.source if grammar else "",
     )
 
 
-def _sampling(
-    generation: Generation, *, is_first: bool, seed: int, max_tokens: int
-) -> inference_pb2.SamplingParams:
+def _sampling(generation: Generation, *, is_first: bool, seed: int) -> inference_pb2.SamplingParams:
     sampling = generation.sampling
     return inference_pb2.SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=sampling.max_tokens,  # 0: the decoder knows how many fit
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,

@@ -18,6 +18,8 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
+"""Beyond these a logit can leave the range of float32."""
 
 _PATH = "sampling"
 
@@ -37,9 +39,9 @@ def sampling(
     _require(0 <= wire.min_p <= 1, "min_p", f"must lie in [0, 1], not {wire.min_p}")
     repetition_penalty = wire.repetition_penalty if wire.HasField("repetition_penalty") else 1.0
     _require(
-        math.isfinite(repetition_penalty) and repetition_penalty > 0,
+        MIN_REPETITION <= repetition_penalty <= MAX_REPETITION,
         "repetition_penalty",
-        f"must be a finite number > 0, not {repetition_penalty}",
+        f"must lie in [{MIN_REPETITION:g}, {MAX_REPETITION:g}], not {repetition_penalty:g}",
     )
     _penalty("presence_penalty", wire.presence_penalty)
     _penalty("frequency_penalty", wire.frequency_penalty)

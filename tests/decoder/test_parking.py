@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 from decoder.test_scheduler import ALL, IMAGE_ID, Machine, scheduler, sequence
 
+from chiasm.services.decoder.engine import Engine
 from chiasm.services.decoder.scheduler import Scheduler
 from chiasm.services.decoder.sequence import Sequence
 from chiasm.types import Modality
@@ -109,3 +114,28 @@ def test_a_picture_that_the_prefix_cache_knows_needs_no_pool() -> None:
     submitted(target, again := sequence(ids, 1))
     schedule = machine.step(TEXT_ONLY)
     assert [c.sequence for c in schedule.chunks] == [again]
+
+
+def test_the_clock_of_parking_stops_while_a_request_waits_for_something_else() -> None:
+    """Two short absences of a pool, far apart, are no long one."""
+    pools: Any = SimpleNamespace(covered=lambda: covered, wait_ns=dict.fromkeys(Modality, 0))
+    model = SimpleNamespace(logits=lambda hidden: torch.zeros(len(hidden), 200))
+    forward_pass: Any = SimpleNamespace(
+        run=lambda chunks: torch.zeros(sum(c.num_tokens for c in chunks), 2), model=model
+    )
+    target = scheduler(4)
+    engine = Engine(forward_pass, target, pools, park_timeout_s=60)
+    covered, text, image = ALL, sequence(9, 6), picture()
+    submitted(target, text)
+    engine._step()
+    submitted(target, image)  # there are no blocks for it while the text is there
+    covered = TEXT_ONLY
+    engine._step()
+    assert image.parked_since is not None
+    since = image.parked_since
+    engine._step()
+    assert image.parked_since == since
+    covered = ALL
+    engine._step()
+    assert image in target.waiting
+    assert image.parked_since is None

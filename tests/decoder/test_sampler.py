@@ -257,3 +257,29 @@ def test_logprobs_are_the_raw_ones() -> None:
     assert (second.logprob, second.top) == (None, ())
     assert third.logprob == pytest.approx(float(expected[2].max()))
     assert third.top == ()
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_without_a_likeliest_token_fails_alone(broken: float) -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
+    kinds: list[dict[str, Any]] = [{}, {"top_k": 5}, {"temperature": 0.0}, {"logprobs": 2}]
+    owners = [sequence([1, 2], seed=i, **kind) for i, kind in enumerate(kinds)]
+    expected = choose(logits, owners)
+    for i in range(4):
+        damaged = logits.clone()
+        damaged[i] = broken if broken < 0 else torch.where(torch.arange(50) == 9, broken, logits[i])
+        before = damaged.clone()
+        found = choose(damaged, owners)
+        assert torch.equal(damaged.nan_to_num(), before.nan_to_num())
+        assert [c.error is not None for c in found] == [j == i for j in range(4)]
+        assert [c for j, c in enumerate(found) if j != i] == [
+            c for j, c in enumerate(expected) if j != i
+        ]
+
+
+def test_penalties_that_leave_the_range_of_numbers_fail_their_own_request_alone() -> None:
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(1)).abs() + 1
+    wild = sequence(range(50), repetition_penalty=1e-40)
+    found = choose(logits, [wild, sequence([1], seed=3)])
+    assert found[0].error is not None
+    assert found[1] == choose(logits[1:], [sequence([1], seed=3)])[0]

@@ -111,7 +111,10 @@ class Machine:
 def history(seq: Sequence, index: int, draft: tuple[int, ...] = ()) -> object:
     """Everything the keys and values of token `index` depend on."""
     media = tuple((m.offset, m.digest) for m in seq.media if m.offset <= index)
-    return (*seq.token_ids, *draft)[: index + 1], seq.prompt_types[: index + 1], media
+    types = seq.prompt_types[: index + 1].ljust(index + 1, bytes((TOKEN_TEXT,)))
+    is_generated = index >= seq.num_prompt
+    jump = seq.next_position - int(seq.positions[0, -1]) - 1 if is_generated else 0
+    return (*seq.token_ids, *draft)[: index + 1], types, media, jump
 
 
 def random_requests(random: Random) -> list[Sequence]:
@@ -225,6 +228,25 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     machine.step()
     assert short.num_generated == 1
     assert 0 < long.num_computed < 60
+
+
+@pytest.mark.parametrize(("jump", "is_found"), [(0, True), (3, False)])
+def test_an_answer_is_found_by_a_prompt_that_holds_it(jump: int, is_found: bool) -> None:
+    """Where generated tokens stand at the positions that the prompt's own text would have."""
+    target = scheduler(64)
+    machine, first = Machine(target), sequence(6, 9)
+    first.positions = np.broadcast_to(np.arange(6), (3, 6))
+    first.next_position = 6 + jump
+    target.add(first)
+    while first.num_generated < 9:
+        machine.step()
+    target.remove(first)
+    again = sequence([*first.token_ids, 7, 8], 2)
+    again.positions = np.broadcast_to(np.arange(17), (3, 17))
+    target.add(again)
+    machine.step()
+    # Of 15 tokens the last was never computed: three blocks of four.
+    assert again.num_cached == (12 if is_found else 4)
 
 
 def test_a_prefix_is_computed_once_and_shared() -> None:

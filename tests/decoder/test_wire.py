@@ -58,9 +58,22 @@ def test_bad_requests(made: decoder_pb2.DecodeRequest, field: str, config: Model
 def test_defaults(config: ModelConfig) -> None:
     made = request(token_types=bytes(2), num_generated=1)
     wire.check(made, config)
-    sampling = wire.sampling(made, config)
+    sampling = wire.sampling(made, config, capacity=1 << 20)
     assert (sampling.temperature, sampling.top_p, sampling.repetition_penalty) == (1, 1, 1)
     assert (sampling.logprobs, sampling.prompt_logprobs, sampling.thinking_budget) == (None,) * 3
     assert sampling.stop_token_ids == frozenset(config.tokens.eos)
     assert sampling.max_tokens == LIMIT - 2  # counts what was generated elsewhere
-    assert wire.sampling(request({"ignore_eos": True}), config).stop_token_ids == frozenset()
+    endless = wire.sampling(request({"ignore_eos": True}), config, capacity=64)
+    assert endless.stop_token_ids == frozenset()
+
+
+@pytest.mark.parametrize(("capacity", "expected"), [(64, 61), (4, 1), (2, 1), (1 << 20, LIMIT - 3)])
+def test_an_answer_without_a_limit_is_as_long_as_fits(
+    capacity: int, expected: int, config: ModelConfig
+) -> None:
+    """The cache may be smaller than the context; one that cannot hold the prompt refuses it."""
+    made = request()
+    assert len(made.token_ids) == 3
+    assert wire.sampling(made, config, capacity=capacity).max_tokens == expected
+    limited = request({"max_tokens": 7})
+    assert wire.sampling(limited, config, capacity=capacity).max_tokens == 7

@@ -29,6 +29,7 @@ from chiasm.services.gateway.servicer import InferenceServicer
 from chiasm.transport import channel
 from chiasm.transport.interceptors import CallInterceptor
 from chiasm.transport.membership import TopologyWatcher
+from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import (
     common_pb2,
     decoder_pb2,
@@ -69,10 +70,11 @@ def finished_event(reason: int = inference_pb2.FINISH_REASON_STOP) -> decoder_pb
 
 
 class FakeDecoder(decoder_pb2_grpc.DecoderServicer):
-    """Answers with `token_ids`, or as the next of `scripts` says."""
+    """Answers with `token_ids`, or as the next of `scripts` says; `accepts`: tells so first."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = [10, 11, 12]
+        self.accepts = False
         self.scripts: deque[Script] = deque()
         self.requests: list[decoder_pb2.DecodeRequest] = []
         self.metadata: list[dict[str, Any]] = []
@@ -85,6 +87,8 @@ class FakeDecoder(decoder_pb2_grpc.DecoderServicer):
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.time_left_s.append(context.time_remaining())
+        if self.accepts:
+            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
         script = self.scripts.popleft() if self.scripts else self._answer
         try:
             async for event in script(request):
@@ -96,7 +100,7 @@ class FakeDecoder(decoder_pb2_grpc.DecoderServicer):
     async def _answer(
         self, request: decoder_pb2.DecodeRequest
     ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
-        token_ids = self.token_ids[: request.sampling.max_tokens]
+        token_ids = self.token_ids[: request.sampling.max_tokens or None]
         for token_id in token_ids:
             yield tokens_event(token_id)
         is_whole = len(token_ids) == len(self.token_ids)

@@ -121,6 +121,16 @@ async def test_thought_is_kept_apart(
     assert decoder.requests[0].sampling.thinking_budget == 9
 
 
+async def test_a_stop_token_within_a_thought_is_no_text(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    decoder.token_ids = stack.tokenizer.encode("hm yes")
+    sampling = Sampling(stop_token_ids=[decoder.token_ids[-1]])
+    result = await client.complete("x", sampling=sampling, enable_thinking=True)
+    assert result.reasoning_text == stack.tokenizer.decode(decoder.token_ids[:-1])
+    assert result.choices[0].stop == decoder.token_ids[-1]
+
+
 async def test_thought_without_end(stack: Stack, decoder: FakeDecoder, client: AsyncClient) -> None:
     decoder.token_ids = stack.tokenizer.encode("hm 图")[:-1]
     result = await client.complete("x", enable_thinking=True)

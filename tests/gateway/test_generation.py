@@ -54,7 +54,7 @@ async def test_text_request(stack: Stack, decoder: FakeDecoder, client: AsyncCli
     assert list(sent.token_ids) == list(result.prompt_token_ids)
     assert sent.token_types == bytes(len(sent.token_ids))
     assert (sent.sampling.temperature, sent.sampling.seed, sent.sampling.top_k) == (0, 7, 3)
-    assert sent.sampling.max_tokens == 4096 - len(sent.token_ids)
+    assert sent.sampling.max_tokens == 0
     assert result.usage.prompt_tokens == result.usage.prompt_text_tokens == len(sent.token_ids)
     assert result.usage.completion_tokens == len(decoder.token_ids)
     assert (result.timings.prefill_ns, result.timings.decode_ns) == (7, 9)
@@ -305,6 +305,18 @@ async def test_client_that_does_not_read_and_leaves(
         except errors.AlreadyExists:
             await asyncio.sleep(0.02)
     pytest.fail("the id is still held")
+
+
+async def test_a_deadline_that_is_over_ends_the_call(
+    decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    """Of a client with a default of its own as well, and for calls of every kind."""
+    for timeout_s in (0.0, -1.0):
+        with pytest.raises(errors.DeadlineExceeded):
+            await client.complete("x", timeout_s=timeout_s)
+        with pytest.raises(errors.DeadlineExceeded):
+            await client.count_tokens("x", timeout_s=timeout_s)
+    assert not decoder.requests
 
 
 async def test_deadline_cancels_the_encoder(

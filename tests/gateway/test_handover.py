@@ -84,6 +84,46 @@ async def test_a_request_does_not_go_through_all_decoders(
     assert len(decoder.requests) == 1 + MAX_RESUMES
 
 
+@pytest.mark.parametrize("accepts", [True, False])
+async def test_nor_does_one_that_kills_them_before_its_first_token(
+    accepts: bool, stack: Stack, client: AsyncClient
+) -> None:
+    """Decoders that never had it in hand do not count: those it cannot have harmed."""
+    decoders = [await stack.add_decoder() for _ in range(MAX_RESUMES + 3)]
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        raise errors.Unavailable("gone")
+        yield
+
+    for decoder in decoders:
+        decoder.accepts = accepts
+        decoder.scripts.append(script)
+    if not accepts:
+        assert (await client.complete("x")).token_ids == (10, 11, 12)
+        return
+    with pytest.raises(errors.Unavailable) as caught:
+        await client.complete("x")
+    assert caught.value.reason == "DECODER_LOST"
+    assert sum(len(decoder.requests) for decoder in decoders) == 1 + MAX_RESUMES
+
+
+async def test_two_decoders_wait_for_an_expert_pool_and_no_more(
+    stack: Stack, client: AsyncClient
+) -> None:
+    decoders = [await stack.add_decoder() for _ in range(4)]
+
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        raise errors.Unavailable("away", reason="EXPERT_POOL_UNAVAILABLE", retry_after_s=5.0)
+        yield
+
+    for decoder in decoders:
+        decoder.scripts.append(script)
+    with pytest.raises(errors.Unavailable) as caught:
+        await client.complete("x")
+    assert (caught.value.reason, caught.value.retry_after_s) == ("EXPERT_POOL_UNAVAILABLE", 5.0)
+    assert sum(len(decoder.requests) for decoder in decoders) == 2
+
+
 async def test_decoder_lost_amid_the_prompts_logits(
     stack: Stack, decoder: FakeDecoder, client: AsyncClient
 ) -> None:

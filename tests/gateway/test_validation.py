@@ -120,6 +120,14 @@ CASES: dict[str, tuple[Callable[[], pb.GenerateRequest], str]] = {
     "min_p": (lambda: sampling(min_p=1.1), "sampling.min_p"),
     "min_p nan": (lambda: sampling(min_p=float("nan")), "sampling.min_p"),
     "repetition_penalty": (lambda: sampling(repetition_penalty=0), "sampling.repetition_penalty"),
+    "repetition_penalty tiny": (
+        lambda: sampling(repetition_penalty=1e-38),
+        "sampling.repetition_penalty",
+    ),
+    "repetition_penalty huge": (
+        lambda: sampling(repetition_penalty=1e38),
+        "sampling.repetition_penalty",
+    ),
     "repetition_penalty inf": (
         lambda: sampling(repetition_penalty=float("inf")),
         "sampling.repetition_penalty",
@@ -247,12 +255,12 @@ async def test_context_error_names_both_numbers(
     assert "4096" in error.message
 
 
-async def test_prompt_that_just_fits_gets_the_rest_of_the_context(
+async def test_a_prompt_that_just_fits_is_sent_on(
     stack: Stack, decoder: FakeDecoder, stub: Any
 ) -> None:
     async for _ in stub.Generate(tokens(*[5] * 4090), timeout=TIMEOUT_S):
         pass
-    assert decoder.requests[0].sampling.max_tokens == 6
+    assert decoder.requests[0].sampling.max_tokens == 0  # the decoder knows how many fit
 
 
 @pytest.mark.parametrize("method", ["Generate", "CountTokens"])

@@ -86,7 +86,9 @@ class AsyncClient:
             with trace.use_span(span):
                 metadata = calls.metadata(request_id, self._credentials)
             call = self._stub.Generate(
-                request, timeout=timeout_s or self._timeout_s, metadata=metadata
+                request,
+                timeout=self._timeout_s if timeout_s is None else timeout_s,
+                metadata=metadata,
             )
             try:
                 async for answer in call:
@@ -136,7 +138,7 @@ class AsyncClient:
         with calls.rpc_errors():
             answer = await self._stub.CountTokens(
                 request,
-                timeout=timeout_s or self._timeout_s,
+                timeout=self._timeout_s if timeout_s is None else timeout_s,
                 metadata=calls.metadata(calls.new_request_id(""), self._credentials),
             )
         return codec.usage(answer.usage)

@@ -1,4 +1,4 @@
-"""Bounds of messages, computed from what they carry."""
+"""What both ends of a call must agree on: bounds of messages, computed from what they carry."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ SLACK_BYTES = 64 << 10
 
 CONTROL_BYTES = 4 << 20
 """Bound of messages whose payload is a list of tokens or less."""
+
+ACCEPTED_KEY = "chiasm-accepted"
+"""Initial metadata of a decoder that has taken a request in hand."""
 
 
 def dispatch_bytes(num_tokens: int, hidden_size: int, top_k: int) -> int:
