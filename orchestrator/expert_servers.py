@@ -29,9 +29,11 @@ class ExpertServers:
         request = experts_pb2.AssignRequest(shards=sorted(shards), epoch=epoch)
         return await self._call(self._stub(address).Assign, request)
 
-    async def drain(self, address: str) -> experts_pb2.PoolDescription:
-        """Makes a server refuse new dispatches. Raises Unavailable."""
-        return await self._call(self._stub(address).Drain, experts_pb2.DrainRequest())
+    async def drain(self, address: str, lease_s: float) -> experts_pb2.PoolDescription:
+        """Makes a server refuse new dispatches, for `lease_s` unless asked again. Raises
+        Unavailable."""
+        request = experts_pb2.DrainRequest(lease_ms=int(lease_s * 1000))
+        return await self._call(self._stub(address).Drain, request)
 
     async def describe(self, address: str) -> experts_pb2.PoolDescription:
         """How a server stands. Raises Unavailable."""

@@ -85,16 +85,16 @@ class ScalingLoop:
     async def decide(self) -> None:
         """One decision, carried out as far as it can be at once."""
         replicas = await self._known_replicas()
-        self._replicas = replicas or {}
+        if replicas is None:
+            # Without the backend's word nothing is decided, and nothing is forgotten.
+            return
+        self._replicas = replicas
         signals = Signals(
             at=self._clock(),
             topology=self._membership.topology,
             replicas=self._replicas,
             loads=dict(self._membership.loads),
         )
-        if replicas is None:
-            # Without the backend's word nothing is decided, and nothing is forgotten.
-            return
         before, self.decision = self.decision, self._planner.step(signals)
         self._tell(before, self.decision)
         if self._journal is not None and replicas:

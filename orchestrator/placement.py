@@ -32,12 +32,13 @@ class Server:
     """An expert server as placement sees it.
 
     capacity: most shards it may hold; 0: what it holds is fixed.
-    held: shards it holds or has been told to hold.
+    held: shards it holds or has been told to hold. barred: shards that it could not load.
     """
 
     server_id: str
     capacity: int
     held: frozenset[int] = frozenset()
+    barred: frozenset[int] = frozenset()
 
     @property
     def is_fixed(self) -> bool:
@@ -93,6 +94,7 @@ class _Board:
         ordered = sorted(servers, key=lambda server: server.server_id)
         self._capacity = {s.server_id: s.capacity for s in ordered if not s.is_fixed}
         self._held = {s.server_id: set(s.held) & set(range(len(weights))) for s in ordered}
+        self._barred = {s.server_id: s.barred for s in ordered}
         self._holders: list[set[str]] = [set() for _ in weights]
         for server, shards in self._held.items():
             for shard in shards:
@@ -108,16 +110,16 @@ class _Board:
     def cover(self) -> None:
         """Gives every shard a holder, the busiest shards first, to the least busy servers."""
         for shard in self._busiest(s for s, holders in enumerate(self._holders) if not holders):
-            server = self._with_room(shard) or self._with_spare()
+            server = self._with_room(shard) or self._with_spare(shard)
             if server is not None:
                 self._add(server, shard)
 
     def repeat(self) -> None:
-        """Gives every shard its least number of holders, where there is room."""
+        """Gives every shard its least number of holders, where there is room or can be made."""
         for count in range(2, self._min_holders + 1):
             few = [s for s, holders in enumerate(self._holders) if 0 < len(holders) < count]
             for shard in self._busiest(few):
-                server = self._with_room(shard)
+                server = self._with_room(shard) or self._with_spare(shard, keep=self._min_holders)
                 if server is not None:
                     self._add(server, shard)
 
@@ -154,7 +156,7 @@ class _Board:
             evicted = self._spare(target, keep=self._min_holders)
             if evicted is None:
                 return
-        for shard in sorted(self._held[source] - self._held[target]):
+        for shard in sorted(self._held[source] - self._held[target] - self._barred[target]):
             for move in (True, False):
                 if move and source not in self._capacity:
                     continue  # fixed servers keep what they have
@@ -193,17 +195,26 @@ class _Board:
         able = [
             server
             for server, capacity in self._capacity.items()
-            if len(self._held[server]) < capacity and shard not in self._held[server]
+            if len(self._held[server]) < capacity and self._may_take(server, shard)
         ]
         return min(able, key=lambda s: (self._load[s], len(self._held[s]), s), default=None)
 
-    def _with_spare(self) -> str | None:
-        """A full server, made room on by giving up a shard that has other holders."""
-        spares = [(spare, s) for s in self._capacity if (spare := self._spare(s)) is not None]
+    def _may_take(self, server: str, shard: int) -> bool:
+        return shard not in self._held[server] and shard not in self._barred[server]
+
+    def _with_spare(self, shard: int, *, keep: int = 1) -> str | None:
+        """A full server that can take a shard, made room on by giving up one that has more than
+        `keep` holders."""
+        spares = [
+            (spare, server)
+            for server in self._capacity
+            if self._may_take(server, shard)
+            and (spare := self._spare(server, keep=keep)) is not None
+        ]
         if not spares:
             return None
-        shard, server = min(spares, key=lambda found: (self._share(found[0]), found))
-        self._remove(server, shard)
+        given_up, server = min(spares, key=lambda found: (self._share(found[0]), found))
+        self._remove(server, given_up)
         return server
 
     def _spare(self, server: str, *, keep: int = 1) -> int | None:
@@ -251,32 +262,43 @@ class _Step:
 
 
 def next_assignment(
-    target: Placement, loaded: Mapping[str, frozenset[int]], ready: frozenset[str]
+    target: Placement,
+    loaded: Mapping[str, frozenset[int]],
+    ready: frozenset[str],
+    capacity: Mapping[str, int],
 ) -> Placement:
     """What each server shall hold now, on the way from what is loaded to the target.
 
     A server first gets the new shards on top of the old ones. It drops an old one only when every
     holder that the target names is ready and has it loaded, and there is one; so no shard is ever
-    without a holder, and a move takes two assignments.
+    without a holder, and a move takes two assignments. Where the two together are more than it may
+    hold, it drops what one ready holder of the target has, and the rest of the new ones wait.
 
     loaded: what servers report to have loaded, fixed ones and those on their way out included.
     ready: servers that take work. Servers missing in `target` are given nothing new.
     """
 
-    def can_drop(shard: int) -> bool:
-        holders = [server for server, shards in target.items() if shard in shards]
+    def holders(shard: int) -> list[str]:
+        return [server for server, shards in target.items() if shard in shards]
+
+    def is_held(shard: int) -> bool:
         # Servers outside the target are fixed.
-        fixed = loaded.keys() - target.keys()
-        return all(has(h, shard) for h in holders) and any(
-            has(server, shard) for server in (*holders, *fixed)
-        )
+        return any(has(s, shard) for s in (*holders(shard), *(loaded.keys() - target.keys())))
+
+    def can_drop(shard: int) -> bool:
+        return is_held(shard) and all(has(server, shard) for server in holders(shard))
 
     def has(server: str, shard: int) -> bool:
         return server in ready and shard in loaded.get(server, frozenset())
 
     assignment = {}
     for server, shards in target.items():
-        surplus = loaded.get(server, frozenset()) - set(shards)
-        kept = {shard for shard in surplus if not can_drop(shard)}
-        assignment[server] = tuple(sorted(kept.union(shards)))
+        has_loaded = loaded.get(server, frozenset())
+        kept = {shard for shard in has_loaded - set(shards) if not can_drop(shard)}
+        if len(kept.union(shards)) > capacity.get(server, 0):
+            kept = {shard for shard in kept if not is_held(shard)}
+        there = kept | (has_loaded & set(shards))
+        new = [shard for shard in shards if shard not in there]
+        room = max(0, capacity.get(server, 0) - len(there))
+        assignment[server] = tuple(sorted(there.union(new[:room])))
     return assignment

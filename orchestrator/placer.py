@@ -16,6 +16,7 @@ from chiasm.orchestrator.expert_servers import ExpertServers
 from chiasm.orchestrator.placement import Placement, Server, next_assignment, place, uncovered
 from chiasm.telemetry import metrics
 from chiasm.types import Modality
+from chiasm.v1 import experts_pb2
 
 GATHER_S = 5.0
 """How long the first server of an empty pool waits for the others that are expected: what it loads
@@ -23,6 +24,9 @@ before they come would move to them right away."""
 
 REPEAT_S = 30.0
 """An assignment that has not led to its shards for so long is sent again."""
+
+BARRED_S = 300.0
+"""How long a server is not asked again for a shard that it could not load."""
 
 log = structlog.get_logger()
 
@@ -35,7 +39,8 @@ class _Sent:
 
 @dataclass(slots=True)
 class _PoolState:
-    """What is remembered of one pool; `sent` is what its servers were told last."""
+    """What is remembered of one pool. sent: what its servers were told last. barred: until when by
+    server and shard."""
 
     servers: frozenset[str] = frozenset()
     loads: tuple[float, ...] = ()
@@ -43,6 +48,7 @@ class _PoolState:
     first_seen_at: float | None = None
     target: Placement = field(default_factory=dict)
     sent: dict[str, _Sent] = field(default_factory=dict)
+    barred: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
 class Placer:
@@ -135,11 +141,14 @@ class Placer:
             return
         pool.servers, pool.balanced_at = staying, self._clock()
         pool.loads = loads if len(loads) == num_shards else (0.0,) * num_shards
+        pool.barred = {key: end for key, end in pool.barred.items() if end > self._clock()}
+        barred = {m: frozenset(s for name, s in pool.barred if name == m) for m in members}
         servers = [
             Server(
                 server_id=name,
                 capacity=_held(member).max_shards,
-                held=frozenset(pool.target.get(name) or _held(member).shards),
+                held=frozenset(pool.target.get(name) or _held(member).shards) - barred[name],
+                barred=barred[name],
             )
             for name, member in members.items()
             if name in staying and (_held(member).max_shards or _held(member).shards)
@@ -159,7 +168,8 @@ class Placer:
         """Tells those servers what to hold that do not know it yet."""
         loaded = {name: frozenset(_held(member).shards) for name, member in members.items()}
         ready = frozenset(name for name, member in members.items() if member.is_ready)
-        assignment = next_assignment(pool.target, loaded, ready)
+        capacity = {name: _held(member).max_shards for name, member in members.items()}
+        assignment = next_assignment(pool.target, loaded, ready, capacity)
         pool.sent = {name: sent for name, sent in pool.sent.items() if name in members}
         news = {
             name: shards
@@ -168,6 +178,9 @@ class Placer:
         }
         if not news:
             return
+        for name in news:
+            if (sent := pool.sent.get(name)) is not None and self._is_late(sent, loaded[name]):
+                await self._bar(pool, members[name], frozenset(sent.shards) - loaded[name])
         self._epoch += 1
         await asyncio.gather(
             *(self._assign(pool, members[name], shards) for name, shards in news.items())
@@ -177,8 +190,20 @@ class Placer:
     def _is_news(self, sent: _Sent | None, shards: tuple[int, ...], loaded: frozenset[int]) -> bool:
         if sent is None:
             return True
-        is_late = self._clock() - sent.at >= REPEAT_S and frozenset(shards) != loaded
-        return sent.shards != shards or is_late
+        return sent.shards != shards or self._is_late(sent, loaded)
+
+    def _is_late(self, sent: _Sent, loaded: frozenset[int]) -> bool:
+        return self._clock() - sent.at >= REPEAT_S and frozenset(sent.shards) != loaded
+
+    async def _bar(self, pool: _PoolState, member: MemberInfo, missing: frozenset[int]) -> None:
+        """Has shards placed elsewhere that a server was told to load and does not even try to."""
+        described = await self._described(member)
+        if described is None:
+            return
+        for shard in missing - {*described.loaded_shards, *described.loading_shards}:
+            log.warning("shard_not_loaded", member=member.member_id, shard=shard)
+            pool.barred[member.member_id, shard] = self._clock() + BARRED_S
+            pool.balanced_at = -math.inf
 
     async def _assign(self, pool: _PoolState, member: MemberInfo, shards: tuple[int, ...]) -> None:
         try:
@@ -193,12 +218,16 @@ class Placer:
             pool.sent[member.member_id] = _Sent(shards, self._clock())
 
     async def _catch_up(self, member: MemberInfo) -> None:
+        described = await self._described(member)
+        if described is not None:
+            self._epoch = max(self._epoch, described.epoch)
+
+    async def _described(self, member: MemberInfo) -> experts_pb2.PoolDescription | None:
         try:
-            described = await self._servers.describe(member.address)
+            return await self._servers.describe(member.address)
         except errors.ChiasmError as error:
             log.warning("not_described", member=member.member_id, error=error.message[:256])
-        else:
-            self._epoch = max(self._epoch, described.epoch)
+            return None
 
 
 def _servers(topology: Topology, modality: Modality) -> dict[str, MemberInfo]:

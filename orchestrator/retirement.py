@@ -26,6 +26,9 @@ MOVE_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
 """How long a drained server may take to answer what it has."""
 
+DRAIN_LEASE_S = 60.0
+"""After so long a drained server that was forgotten, by a new orchestrator, takes work again."""
+
 log = structlog.get_logger()
 
 
@@ -103,27 +106,27 @@ class Retirements:
                 del self._leaving[pool]
 
     async def _stop(self, pool: Pool, leaving: _Leaving) -> None:
-        leaving.is_stopped, leaving.since = True, self._clock()
         try:
             await self._backend.scale(pool, leaving.replicas)
         except errors.FailedPrecondition as error:
             log.warning("not_scaled", pool=pool, error=error.message[:256])
+            del self._leaving[pool]
+        else:
+            leaving.is_stopped, leaving.since = True, self._clock()
 
     async def _is_idle(
         self, pool: Pool, leaving: _Leaving, member: MemberInfo, topology: Topology
     ) -> bool:
-        """Whether the member may be stopped; drains it once its shards are held elsewhere."""
+        """Whether the member may be stopped; drained it stays once others hold its shards."""
         if pool.modality is None:
             return True
         if leaving.drained_at is None and not self._placer.can_go(member, topology):
             return False
         try:
+            described = await self._servers.drain(member.address, DRAIN_LEASE_S)
             if leaving.drained_at is None:
-                described = await self._servers.drain(member.address)
                 leaving.drained_at = self._clock()
                 log.info("drained", pool=pool, member=member.member_id)
-            else:
-                described = await self._servers.describe(member.address)
         except errors.ChiasmError as error:
             log.warning("not_drained", member=member.member_id, error=error.message[:256])
             return self._waited_long(leaving)

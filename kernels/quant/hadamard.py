@@ -47,12 +47,12 @@ class RotatedMatrices:
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """[..., K] -> [..., K] in x's dtype, by way of float32. Raises InvalidArgument for a bad K."""
     blocks = _blocks(x) * _signs(x.device)
-    return (blocks @ _matrix(x.device)).reshape(x.shape).to(x.dtype)
+    return _transform(blocks).reshape(x.shape).to(x.dtype)
 
 
 def rotate_back(x: torch.Tensor) -> torch.Tensor:
-    """Undoes `rotate`: the matrix is its own inverse, and so are the signs."""
-    blocks = _blocks(x) @ _matrix(x.device) * _signs(x.device)
+    """Undoes `rotate`: the transform is its own inverse, and so are the signs."""
+    blocks = _transform(_blocks(x)) * _signs(x.device)
     return blocks.reshape(x.shape).to(x.dtype)
 
 
@@ -62,13 +62,18 @@ def _blocks(x: torch.Tensor) -> torch.Tensor:
     return x.float().reshape(*x.shape[:-1], -1, BLOCK)
 
 
-@functools.cache
-def _matrix(device: torch.device) -> torch.Tensor:
-    """Sylvester's Hadamard matrix, orthonormal, float32 [128, 128]."""
-    matrix: torch.Tensor = torch.ones(1, 1)
-    while len(matrix) < BLOCK:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix.mul(1 / math.sqrt(BLOCK)).to(device)
+def _transform(blocks: torch.Tensor) -> torch.Tensor:
+    """float32 [..., 128] times Sylvester's Hadamard matrix, orthonormal.
+
+    By sums and differences rather than by a product of matrices, whose rounding may depend on the
+    number of rows: a row's bits are its own, whatever rows stand beside it.
+    """
+    shape, size = blocks.shape, 1
+    while size < BLOCK:
+        upper, lower = blocks.reshape(*shape[:-1], -1, 2, size).unbind(-2)
+        blocks = torch.stack((upper + lower, upper - lower), dim=-2)
+        size *= 2
+    return blocks.reshape(shape) * (1 / math.sqrt(BLOCK))
 
 
 @functools.cache

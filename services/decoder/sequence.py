@@ -216,8 +216,8 @@ class Sequence:
         return self.num_prompt + self.sampling.max_tokens
 
     def types(self, start: int, stop: int) -> bytes:
-        """Routing types of tokens [start, stop), as far as generated ones are what a prompt of these
-        tokens would have: text, at the positions that follow the prompt's last text."""
+        """Routing types of tokens [start, stop). Generated ones have none where a prompt of those
+        tokens would have others, or other positions."""
         types = self.prompt_types[start:stop]
         ends_in_text = self.prompt_types[-1] == TOKEN_TEXT
         if ends_in_text and (self.positions[:, -1] + 1 == self.next_position).all():

@@ -64,7 +64,7 @@ def build(
         register=partial(experts_pb2_grpc.add_ExpertPoolServicer_to_server, servicer),
         load=load,
         is_ready=lambda _: bool(bank.shards) and not servicer.draining,
-        is_alive=lambda: engine.worker.pulse.stalled_s() <= settings.stall_s,
+        is_alive=lambda: engine.stalled_s() <= settings.stall_s,
         hand_over=partial(hand_over, process, bank, timeout_s=GRACE_SHARE * settings.grace_s),
         drain=servicer.drain,
         close=close,

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
+from chiasm.pulse import Pulse
 from chiasm.services.expert_pool.worker import Worker
 
 log = structlog.get_logger()
@@ -36,6 +38,8 @@ class ExpertEngine:
         self.loading: tuple[int, ...] = ()
         self.max_queued = max_queued
         self.worker = Worker("experts")
+        self.loader_pulse = Pulse()
+        self._num_assignments = 0
         self._model, self._config, self._verify = model, config, verify
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
@@ -47,29 +51,41 @@ class ExpertEngine:
         on_layer: Callable[[], None] | None = None,
         on_change: Callable[[], None] | None = None,
     ) -> None:
-        """Loads the missing shards, then drops the surplus ones; serving goes on meanwhile.
+        """Drops the surplus shards, which may have the room that the others need, then loads the
+        missing ones; serving goes on meanwhile.
 
-        A newer assignment that arrives meanwhile takes over after the shard being read.
+        A later assignment takes over after the shard being read. A shard that cannot be loaded
+        keeps none of the others from it; what was wrong with the first is raised in the end.
         """
         self.epoch = epoch
-        loop = asyncio.get_running_loop()
-        missing = [s for s in sorted(set(shards)) if s not in self.bank.shards]
-        self.loading = tuple(missing)
-        for shard in missing:
-            if self.epoch != epoch:
+        self._num_assignments += 1
+        number = self._num_assignments
+        on_change = on_change or (lambda: None)
+        self._drop_all_but(shards)
+        self.loading = tuple(s for s in sorted(set(shards)) if s not in self.bank.shards)
+        on_change()
+        failures = []
+        for shard in self.loading:
+            try:
+                await self._on_loader(self._load, shard, on_layer)
+            except Exception as error:
+                log.error("shard_not_loaded", shard=shard, error=str(error)[:256])
+                failures.append(error)
+            if self._num_assignments != number:
                 return
-            if shard in self.bank.shards:
-                continue
-            await loop.run_in_executor(self._loader, self._load, shard, on_layer)
             self.loading = tuple(s for s in self.loading if s != shard)
-            if on_change is not None:
-                on_change()
-        if self.epoch != epoch:
-            return
-        for shard in set(self.bank.shards) - set(shards):
-            self.bank.drop(shard)
-        if on_change is not None:
             on_change()
+        await self._on_loader(lambda: None)  # what an earlier assignment was reading is there now
+        if self._num_assignments != number:
+            return
+        self._drop_all_but(shards)
+        on_change()
+        if failures:
+            raise failures[0]
+
+    def stalled_s(self) -> float:
+        """Seconds since either thread has got on with what it has to do."""
+        return max(self.worker.pulse.stalled_s(), self.loader_pulse.stalled_s())
 
     async def settled(self) -> None:
         """Returns when everything that is queued now has been done."""
@@ -82,7 +98,29 @@ class ExpertEngine:
         self.worker.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
+    def _drop_all_but(self, shards: Sequence[int]) -> None:
+        for shard in set(self.bank.shards) - set(shards):
+            self.bank.drop(shard)
+
+    async def _on_loader(self, work: Callable[..., None], *args: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._loader, work, *args)
+
     def _load(self, shard: int, on_layer: Callable[[], None] | None) -> None:
+        if shard in self.bank.shards:
+            return
+
+        def beat() -> None:
+            self.loader_pulse.beat()
+            if on_layer is not None:
+                on_layer()
+
+        self.loader_pulse.begin()
+        try:
+            self._read(shard, beat)
+        finally:
+            self.loader_pulse.rest()
+
+    def _read(self, shard: int, on_layer: Callable[[], None]) -> None:
         start = time.monotonic()
         with Checkpoint(self._model, self._config, verify=self._verify) as checkpoint:
             self.bank.load(checkpoint, shard, on_layer=on_layer)

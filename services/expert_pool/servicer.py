@@ -55,10 +55,12 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         )
         self._assigning: set[asyncio.Task[None]] = set()
         self._streams: set[_Stream] = set()
+        self._is_ending = False
+        self._lease: asyncio.TimerHandle | None = None
 
     @property
     def draining(self) -> bool:
-        """True after Drain: new dispatches are refused."""
+        """Whether new dispatches are refused: after Drain, for as long as it holds."""
         return self._answers.is_draining
 
     async def Dispatch(
@@ -72,6 +74,7 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         try:
             while (response := await stream.outgoing.get()) is not None:
                 yield response
+                stream.written()
             if not self.draining:
                 await reader  # what ended the stream, if it was not its end
         finally:
@@ -120,8 +123,13 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
     async def Drain(
         self, request: experts_pb2.DrainRequest, context: Context
     ) -> experts_pb2.PoolDescription:
-        self._answers.is_draining = True
-        self._on_change()
+        if not self._is_ending:
+            self._set_draining(True)
+            self._end_lease()
+            if request.lease_ms:
+                self._lease = asyncio.get_running_loop().call_later(
+                    request.lease_ms / 1000, self._set_draining, False
+                )
         return await self.Describe(experts_pb2.DescribeRequest(), context)
 
     def load(self) -> ExpertLoad:
@@ -133,13 +141,25 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
 
         A peer that has not heard of the end of this server would keep its stream open.
         """
-        self._answers.is_draining = True
+        self._is_ending = self._answers.is_draining = True
+        self._end_lease()
         await self._engine.settled()
         if self._lanes is not None:
             self._engine.worker.submit(self._lanes.close)
             await self._engine.settled()
         for stream in self._streams:
             stream.outgoing.put_nowait(None)
+
+    def _set_draining(self, is_draining: bool) -> None:
+        if is_draining != self._answers.is_draining:
+            log.info("draining" if is_draining else "taking_work_again")
+            self._answers.is_draining = is_draining
+            self._on_change()
+
+    def _end_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.cancel()
+            self._lease = None
 
     def _assigned(self, task: asyncio.Task[None]) -> None:
         self._assigning.discard(task)
@@ -174,11 +194,11 @@ class _Stream:
     def answer(self, response: experts_pb2.DispatchResponse) -> None:
         """Sends an answer; from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the stream
-            self._loop.call_soon_threadsafe(self._answered, response)
+            self._loop.call_soon_threadsafe(self.outgoing.put_nowait, response)
 
-    def _answered(self, response: experts_pb2.DispatchResponse) -> None:
+    def written(self) -> None:
+        """An answer is out, and no longer in hand: a peer that does not read is read no further."""
         self._in_hand.release()
-        self.outgoing.put_nowait(response)
 
 
 def _arena_bytes(limits: wire.DispatchLimits) -> int:

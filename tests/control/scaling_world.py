@@ -41,25 +41,37 @@ class Process:
     epoch: int = 0
     queued: int = 0
     dropped: list[int] = field(default_factory=list)
-    is_draining: bool = False
+    drained_until: float | None = None
+    broken: set[int] = field(default_factory=set)  # shards it cannot load
+
+    def __post_init__(self) -> None:
+        self.max_shards = self.held.max_shards if self.info.shard_sets else 0
+
+    @property
+    def is_draining(self) -> bool:
+        return self.drained_until is not None
 
     @property
     def held(self) -> ShardSet:
         return self.info.shard_sets[0]
 
+    @property
+    def missing(self) -> list[int]:
+        """Shards it is loading."""
+        return sorted({*self.told} - {*self.held.shards} - self.broken)
+
     def work(self) -> None:
-        if self.info.role is not Role.EXPERT_POOL or not self.held.max_shards:
+        if not self.max_shards:
             return
         have = set(self.held.shards)
-        if missing := sorted(set(self.told) - have):
-            have.add(missing[0])
-        else:
-            self.dropped += sorted(have - set(self.told))
-            have &= set(self.told)
+        self.dropped += sorted(have - set(self.told))
+        have &= set(self.told)
+        have |= set(self.missing[:1])
+        assert len(have) <= self.max_shards, "there is no room for so many"
         shards = () if self.is_draining else tuple(sorted(have))
         state = MemberState.READY if shards else MemberState.LOADING
         held = replace(
-            self.held, shards=shards, max_shards=0 if self.is_draining else self.held.max_shards
+            self.held, shards=shards, max_shards=0 if self.is_draining else self.max_shards
         )
         self.info = replace(self.info, shard_sets=(held,), state=state)
 
@@ -72,7 +84,7 @@ class World(ExpertServers):
         self.now = 100.0
         self.processes: dict[str, Process] = {}
         self.wanted: dict[Pool, int] = {}
-        self.is_away = False
+        self.is_away = self.is_stuck = False  # answers nothing; does not scale
         self.scaled: list[tuple[Pool, int]] = []
         self.unreachable: set[str] = set()
         self._count = 0
@@ -107,13 +119,18 @@ class World(ExpertServers):
         process.told, process.epoch = tuple(sorted(shards)), epoch
         return await self.describe(address)
 
-    async def drain(self, address: str) -> experts_pb2.PoolDescription:
-        self._reach(address).is_draining = True
+    async def drain(self, address: str, lease_s: float) -> experts_pb2.PoolDescription:
+        self._reach(address).drained_until = self.now + lease_s
         return await self.describe(address)
 
     async def describe(self, address: str) -> experts_pb2.PoolDescription:
         process = self._reach(address)
-        return experts_pb2.PoolDescription(epoch=process.epoch, queued_dispatches=process.queued)
+        return experts_pb2.PoolDescription(
+            epoch=process.epoch,
+            queued_dispatches=process.queued,
+            loaded_shards=process.held.shards,
+            loading_shards=process.missing,
+        )
 
     async def keep(self, addresses: Collection[str]) -> None: ...
 
@@ -130,6 +147,8 @@ class World(ExpertServers):
         return dict(self.wanted)
 
     async def scale(self, pool: Pool, replicas: int) -> None:
+        if self.is_stuck:
+            raise errors.Unavailable("stuck")
         self.scaled.append((pool, replicas))
         self.wanted[pool] = replicas
         self.follow(pool)
@@ -175,6 +194,8 @@ class World(ExpertServers):
         for _ in range(count):
             self.now += 2.0
             for process in self.processes.values():
+                if process.is_draining and process.drained_until < self.now:
+                    process.drained_until = None
                 process.work()
                 self.membership.report(process.info, session=1, now=self.now, load=process.load)
             self.membership.expire(self.now)

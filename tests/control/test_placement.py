@@ -201,7 +201,7 @@ def test_no_shard_is_without_a_holder_on_the_way(
     loaded["new"] = frozenset()
     for _ in range(2):
         ready = frozenset(name for name, shards in loaded.items() if shards)
-        step = next_assignment(target, loaded, ready)
+        step = next_assignment(target, loaded, ready, dict.fromkeys(target, len(loads)))
         grown = {name: loaded[name] | set(shards) for name, shards in step.items()}
         for shard in range(len(loads)):
             # What is dropped may be gone before anything that is new has come.
@@ -215,7 +215,38 @@ def test_what_a_slow_newcomer_has_not_loaded_stays_where_it_is() -> None:
     target = {"old": (0,), "new": (1,)}
     both = frozenset({"old", "new"})
     loaded = {"old": frozenset({0, 1}), "new": frozenset[int]()}
-    assert next_assignment(target, loaded, both) == {"old": (0, 1), "new": (1,)}
+    room = {"old": 2, "new": 2}
+    assert next_assignment(target, loaded, both, room) == {"old": (0, 1), "new": (1,)}
     loaded["new"] = frozenset({1})
-    assert next_assignment(target, loaded, frozenset({"old"})) == {"old": (0, 1), "new": (1,)}
-    assert next_assignment(target, loaded, both) == target
+    ready = frozenset({"old"})
+    assert next_assignment(target, loaded, ready, room) == {"old": (0, 1), "new": (1,)}
+    assert next_assignment(target, loaded, both, room) == target
+
+
+def test_no_server_is_ever_given_more_than_it_may_hold() -> None:
+    """a and b are full and change places, by way of c, which holds what both give up."""
+    target = {"a": (1,), "b": (0,), "c": (0, 1)}
+    loaded = {"a": frozenset({0}), "b": frozenset({1}), "c": frozenset({0, 1})}
+    room = {"a": 1, "b": 1, "c": 2}
+    everybody = frozenset(loaded)
+    assert next_assignment(target, loaded, everybody, room) == target
+    # Without c nobody may drop anything, and nothing new fits.
+    waiting = {"a": (0,), "b": (1,), "c": (0, 1)}
+    assert next_assignment(target, loaded, frozenset({"a", "b"}), room) == waiting
+
+
+def test_the_least_number_of_holders_is_kept_where_servers_are_full() -> None:
+    """A busy shard with holders to spare gives one up."""
+    held = [{0}, {0}, {0}, {0}, {1}, {2}, {2}]
+    servers = [server(f"s{i}", shards, capacity=1) for i, shards in enumerate(held)]
+    placement = place([10.0, 1.0, 1.0], servers, min_holders=2)
+    holders = [sum(shard in shards for shards in placement.values()) for shard in range(3)]
+    assert holders == [3, 2, 2]
+
+
+def test_a_barred_shard_goes_to_another_server() -> None:
+    barred = Server(server_id="a", capacity=9, barred=frozenset({1}))
+    placement = place([1.0, 1.0, 1.0], [barred, server("b", {0, 2})])
+    assert 1 in placement["b"]
+    assert 1 not in placement["a"]
+    assert placement["a"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
-from control.scaling_world import CONFIG, NUM_SHARDS, TEXT, VISION, World, world
+from control.scaling_world import CONFIG, NUM_SHARDS, TEXT, VISION, Process, World, world
 
 from chiasm import errors
 from chiasm.load import ExpertLoad, GatewayLoad
@@ -159,6 +159,87 @@ async def test_a_retired_server_hands_over_is_drained_and_then_stopped() -> None
     assert system.is_covered
     await system.step(20)
     assert system.wanted[TEXT] == 1, "the minimum"
+
+
+async def drained_one(system: World) -> Process:
+    """Runs an idle pool until it has drained one of its servers."""
+    for _ in range(40):
+        await system.step()
+        for process in system.processes.values():
+            if process.is_draining:
+                return process
+    raise AssertionError("nobody was drained")
+
+
+async def test_a_drained_server_is_stopped_though_the_backend_is_away_for_a_while() -> None:
+    system = world(text_experts=2)
+    await system.step(6)
+    system.is_stuck = True
+    drained = await drained_one(system)
+    system.is_away = True
+    await system.step(10)
+    assert drained.is_draining
+    system.is_away = system.is_stuck = False
+    await system.step(3)
+    assert system.scaled == [(TEXT, 1)]
+    assert drained not in system.processes.values()
+    assert system.is_covered
+
+
+async def test_a_drained_server_that_was_forgotten_takes_work_again() -> None:
+    """The orchestrator that drained it is gone, and the load is back."""
+    system = world(text_experts=2, min_text=1)
+    await system.step(6)
+    system.is_stuck = True
+    drained = await drained_one(system)
+    system.is_stuck = False
+    system.start_orchestrator()
+    total = 0.0
+    for _ in range(80):
+        total += 1.9
+        for process in system.processes.values():
+            process.load = ExpertLoad(dispatches_total=1, compute_s_total=total)
+        await system.step()
+        assert system.is_covered
+    assert not drained.is_draining
+    assert drained.held.shards
+    assert drained in system.processes.values()
+
+
+async def test_full_servers_make_room_for_the_shards_of_a_dead_one() -> None:
+    system = world(text_experts=0, min_text=2)
+    for _ in range(3):
+        system.start(TEXT, max_shards=2)
+    system.wanted[TEXT] = 3
+    await system.step(8)
+    assert system.is_covered
+    held = system.shards()
+    alone = next(
+        name
+        for name, shards in held.items()
+        if any(sum(s in other for other in held.values()) == 1 for s in shards)
+    )
+    system.wanted[TEXT] = 2
+    system.kill(alone)
+    await system.step(6)
+    assert system.is_covered
+    assert all(len(shards) == 2 for shards in system.shards().values())
+
+
+async def test_a_shard_that_one_server_cannot_load_goes_to_another() -> None:
+    system = world(text_experts=3, min_text=3)
+    await system.step(8)
+    victim, *others = sorted(system.processes)
+    lost = set(system.processes[victim].held.shards)
+    lost -= {s for name in others for s in system.processes[name].held.shards}
+    assert lost
+    unable = system.processes[others[0]]
+    unable.broken = set(range(NUM_SHARDS)) - set(unable.held.shards)
+    system.wanted[TEXT] = 2
+    system.kill(victim)
+    await system.step(40)
+    assert system.is_covered
+    assert set(system.processes[others[1]].held.shards) >= lost
 
 
 async def test_a_retirement_is_called_off_when_the_load_is_back() -> None:

@@ -206,13 +206,17 @@ def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -
         await_serving(channel)
         stub = Stub(channel)
         vision = {"modality": common_pb2.MODALITY_VISION, "num_shards": 2}
-        before = stub.Describe(experts_pb2.DescribeRequest(), timeout=TIMEOUT_S)
+
+        def describe() -> experts_pb2.PoolDescription:
+            return stub.Describe(experts_pb2.DescribeRequest(), timeout=TIMEOUT_S)
+
+        before = describe()
         assert list(before.loaded_shards) == [0]
         assert before.precision == "float32"
         stub.Assign(experts_pb2.AssignRequest(shards=[1], epoch=7), timeout=TIMEOUT_S)
         end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
-            after = stub.Describe(experts_pb2.DescribeRequest(), timeout=TIMEOUT_S)
+            after = describe()
             if list(after.loaded_shards) == [1]:
                 break
             time.sleep(0.02)
@@ -238,7 +242,17 @@ def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -
                 grpc.StatusCode.FAILED_PRECONDITION,
                 grpc.StatusCode.INVALID_ARGUMENT,
             )
+        lease = experts_pb2.DrainRequest(lease_ms=300)
+        assert stub.Drain(lease, timeout=TIMEOUT_S).draining
+        end = time.monotonic() + TIMEOUT_S
+        while describe().draining:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert dispatch(stub, [request(config, shards=[1], **vision)])[1].HasField("partials")
+        assert stub.Drain(lease, timeout=TIMEOUT_S).draining
         assert stub.Drain(experts_pb2.DrainRequest(), timeout=TIMEOUT_S).draining
+        time.sleep(0.5)
+        assert describe().draining, "a drain without a lease holds"
         answers = dispatch(stub, [request(config, shards=[1], **vision)])
         assert answers[1].error.code == code_pb2.UNAVAILABLE
 

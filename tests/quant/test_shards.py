@@ -9,6 +9,7 @@ import torch
 from quant.matrices import FORMATS
 
 from chiasm.kernels.moe import ShardWeights, cpu, reference
+from chiasm.kernels.quant.hadamard import RotatedMatrices
 from chiasm.types import shard_experts
 
 HIDDEN, WIDTH, EXPERTS = 256, 96, 12
@@ -61,6 +62,25 @@ def test_a_shard_answers_alike_wherever_it_is_held(name: str) -> None:
     for (rows, values), (other_rows, others) in zip(alone, again, strict=True):
         assert torch.equal(rows, other_rows)
         assert torch.equal(values, others)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("is_rotated", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_for_other_shards_change_no_bit(
+    name: str, is_rotated: bool, dtype: torch.dtype
+) -> None:
+    """A server that holds two shards gets the rows of both; one that holds one gets fewer."""
+    weights = shard(name, range(4, 8))
+    if is_rotated:
+        weights = dataclasses.replace(weights, gate_up=RotatedMatrices(weights.gate_up))
+    for tokens in (3, 40, 200):
+        hidden, ids, gates = dispatch(tokens, dtype, seed=tokens)
+        rows, values = cpu.shard_partial(hidden, ids, gates, weights)
+        own = rows.long()
+        alone, alone_values = cpu.shard_partial(hidden[own], ids[own], gates[own], weights)
+        assert alone.tolist() == list(range(len(own)))
+        assert torch.equal(alone_values, values)
 
 
 def test_no_token_for_a_shard() -> None:

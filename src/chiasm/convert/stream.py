@@ -77,6 +77,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         done = _resumed(plan, out)
+        done.save(out)  # from here on whatever lies there is known to be ours
         with Checkpoint(plan.source, plan.config) as checkpoint:
             for file in plan.files:
                 entry = done.files.get(file.name)

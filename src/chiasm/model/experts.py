@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -35,6 +36,7 @@ class ExpertBank:
         self.config, self.modality, self.num_shards = config, modality, num_shards
         self.dtype, self.device = dtype, device
         self._shards: dict[int, dict[int, ShardWeights]] = {}  # shard -> layer -> weights
+        self._changing = threading.Lock()
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -74,11 +76,13 @@ class ExpertBank:
             layers[layer] = self._read(checkpoint, layer, shard)
             if on_layer is not None:
                 on_layer()
-        self._shards = {**self._shards, shard: layers}
+        with self._changing:
+            self._shards = {**self._shards, shard: layers}
 
     def drop(self, shard: int) -> None:
         """Forgets a shard; dispatches that already hold its weights finish with them."""
-        self._shards = {s: layers for s, layers in self._shards.items() if s != shard}
+        with self._changing:
+            self._shards = {s: layers for s, layers in self._shards.items() if s != shard}
 
     def partials(
         self,

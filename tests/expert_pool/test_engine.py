@@ -1,0 +1,121 @@
+"""Which shards a server holds, one assignment after another, and when loading one goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiasm import errors
+from chiasm.services.expert_pool.engine import ExpertEngine
+
+WAIT_S = 20.0
+
+
+class Bank:
+    """What it holds, and the most it ever held."""
+
+    modality = "text"
+
+    def __init__(self) -> None:
+        self.shards: tuple[int, ...] = ()
+        self.most = 0
+
+    def take(self, shard: int) -> None:
+        self.shards = tuple(sorted({*self.shards, shard}))
+        self.most = max(self.most, len(self.shards))
+
+    def drop(self, shard: int) -> None:
+        self.shards = tuple(s for s in self.shards if s != shard)
+
+
+class Engine(ExpertEngine):
+    """One whose shards take no time to read, unless the test holds them back or breaks them."""
+
+    def __init__(self) -> None:
+        super().__init__(Bank(), model=Path(), config=None, max_queued=9)  # type: ignore[arg-type]  # stand-ins
+        self.broken: set[int] = set()
+        self.held_back: dict[int, threading.Event] = {}
+        self.reading: list[int] = []
+
+    def _read(self, shard: int, on_layer: Callable[[], None]) -> None:
+        self.reading.append(shard)
+        if shard in self.held_back:
+            assert self.held_back[shard].wait(WAIT_S)
+        if shard in self.broken:
+            raise errors.DataLoss("damaged")
+        self.bank.take(shard)  # type: ignore[attr-defined]  # a stand-in
+
+
+@pytest.fixture
+def engine() -> Iterator[Any]:
+    made = Engine()
+    made.worker.start()
+    yield made
+    made.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 - polls another thread
+            await asyncio.sleep(0.001)
+
+
+async def test_a_full_server_makes_room_before_it_loads(engine: Any) -> None:
+    for shards in ([0, 1], [1, 2], [3, 4]):
+        await engine.assign(shards, epoch=1)
+        assert list(engine.bank.shards) == shards
+    assert engine.bank.most == 2
+
+
+async def test_a_shard_that_cannot_be_loaded_keeps_no_other_out(engine: Any) -> None:
+    engine.broken = {1}
+    heard: list[tuple[int, ...]] = []
+    with pytest.raises(errors.DataLoss):
+        await engine.assign([0, 1, 2], epoch=1, on_change=lambda: heard.append(engine.bank.shards))
+    assert engine.bank.shards == (0, 2)
+    assert engine.loading == ()
+    assert heard[-1] == (0, 2)
+    engine.broken.clear()
+    await engine.assign([0, 1, 2], epoch=1)
+    assert engine.bank.shards == (0, 1, 2)
+    assert engine.reading == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+async def test_the_later_assignment_counts_whatever_its_epoch(engine: Any, epoch: int) -> None:
+    engine.held_back[0] = threading.Event()
+    first = asyncio.create_task(engine.assign([0, 1], epoch=1))
+    await until(lambda: engine.reading == [0])
+    second = asyncio.create_task(engine.assign([2], epoch=epoch))
+    await asyncio.sleep(0.01)
+    engine.held_back[0].set()
+    await asyncio.gather(first, second)
+    assert engine.bank.shards == (2,)
+    assert 1 not in engine.reading
+
+
+async def test_what_is_read_for_an_earlier_assignment_is_dropped(engine: Any) -> None:
+    await engine.assign([2], epoch=1)
+    engine.held_back[0] = threading.Event()
+    first = asyncio.create_task(engine.assign([0, 2], epoch=1))
+    await until(lambda: engine.reading == [2, 0])
+    second = asyncio.create_task(engine.assign([2], epoch=2))  # it has all it wants
+    await asyncio.sleep(0.01)
+    engine.held_back[0].set()
+    await asyncio.gather(first, second)
+    assert engine.bank.shards == (2,)
+
+
+async def test_a_loader_that_does_not_get_on_stalls_the_server(engine: Any) -> None:
+    assert engine.stalled_s() == 0
+    engine.held_back[0] = threading.Event()
+    assigning = asyncio.create_task(engine.assign([0], epoch=1))
+    await until(lambda: engine.stalled_s() > 0.05)
+    engine.held_back[0].set()
+    await assigning
+    assert engine.stalled_s() == 0
