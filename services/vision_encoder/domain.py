@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -28,8 +29,11 @@ class MediaModel(Protocol):
         """Size of an item's embeddings."""
         ...
 
-    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
-        """Decodes, resizes and patches. Raises InvalidArgument."""
+    def preprocess(
+        self, file: BinaryIO, kind: MediaKind, on_frame: Callable[[], None]
+    ) -> RawPatches:
+        """Decodes, resizes and patches. Raises InvalidArgument, and what `on_frame` raises, which
+        is called for every frame of a video."""
         ...
 
     def embed(self, patches: RawPatches) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Media items through preprocessing and ViT, each digest once, into the embedding cache. No grpc.
 
 Two threads form a pipeline: while one item is in the ViT, the next is decoded. An item is dropped
-before its next stage when everybody who waited for it has gone.
+before its next stage, and a video between two frames, when everybody who waited for it has gone.
 """
 
 from __future__ import annotations
@@ -186,13 +186,20 @@ class EncoderEngine:
             return  # forgotten by _wait
         job.is_started = True
         try:
-            work = partial(self._model.preprocess, job.file, job.kind)
+            on_frame = partial(self._go_on, job)
+            work = partial(self._model.preprocess, job.file, job.kind, on_frame)
             patches, job.preprocess_ns = await self._run(self._readers, job, "preprocess", work)
         except Exception as error:
             self._fail(job, error)
             return
         job.file.close()
         await self._prepared.put((job, patches))
+
+    def _go_on(self, job: _Job) -> None:
+        """Asked on the reader's thread: a long video gets on, or nobody wants it any more."""
+        self.pulse.beat()
+        if not job.num_waiters:
+            raise errors.Unavailable("given up, as nobody waited for it")
 
     async def _embed(self, job: _Job, patches: RawPatches) -> None:
         if not job.num_waiters:

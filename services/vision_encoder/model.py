@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import BinaryIO
 
 import torch
@@ -87,11 +88,14 @@ class VisionModel:
         """Size of an item's embeddings."""
         return num_tokens(grid, self._tower.config) * self._weight.nbytes
 
-    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
-        """Decodes, resizes and patches. Raises InvalidArgument."""
+    def preprocess(
+        self, file: BinaryIO, kind: MediaKind, on_frame: Callable[[], None]
+    ) -> RawPatches:
+        """Decodes, resizes and patches. Raises InvalidArgument, and what `on_frame` raises."""
         if kind is MediaKind.IMAGE:
             return read_image(file, self._processing, max_pixels=self._max_pixels)
-        return read_video(file, self._processing, limits=self._video_limits)
+        limits = self._video_limits
+        return read_video(file, self._processing, limits=limits, on_frame=on_frame)
 
     @torch.inference_mode()
     def embed(self, patches: RawPatches) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import BinaryIO
 
@@ -32,7 +33,8 @@ SETTINGS = PixelSettings(
 class FakeModel:
     """Every file has the grid of its class; b"bad" cannot be decoded, b"defect" fails in the ViT.
 
-    `decoding` and `gate` hold the two stages back while they are clear.
+    `decoding` and `gate` hold the two stages back while they are clear. While `is_long` there is
+    always one more frame.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,7 @@ class FakeModel:
         self.gate.set()
         self.decoding = threading.Event()
         self.decoding.set()
+        self.is_long, self.num_frames = False, 0
         self.embedded: list[bytes] = []
         self.preprocessed: list[bytes] = []
         self.levels: dict[int, bytes] = {}
@@ -53,8 +56,14 @@ class FakeModel:
     def embedding_bytes(self, grid: Grid) -> int:
         return ITEM_BYTES
 
-    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
+    def preprocess(
+        self, file: BinaryIO, kind: MediaKind, on_frame: Callable[[], None]
+    ) -> RawPatches:
         assert self.decoding.wait(WAIT_S)
+        while self.is_long:
+            time.sleep(0.001)
+            on_frame()
+            self.num_frames += 1
         file.seek(0)
         data = file.read()
         self.preprocessed.append(data)
@@ -219,6 +228,28 @@ async def test_abandoned_item_is_dropped_before_it_starts(
     assert model.embedded == [b"a", b"c"]
     assert model.preprocessed == [b"a", b"b", b"c"]
     assert not (await encode(engine, b"d")).cached
+
+
+async def test_a_long_video_gets_on_and_is_given_up_when_nobody_waits(
+    engine: EncoderEngine, model: FakeModel
+) -> None:
+    model.is_long = True
+    waiters = [begin(engine, b"a"), begin(engine, b"a")]
+    next_one = begin(engine, b"b")
+    await until(lambda: model.num_frames > 2)
+    before = model.num_frames
+    end = time.monotonic() + 2 * STALL_S
+    while time.monotonic() < end:
+        assert engine.pulse.stalled_s() < STALL_S * 10
+        await asyncio.sleep(0.001)
+    waiters[0].cancel()
+    await until(lambda: model.num_frames > before + 5)
+    assert engine.load().queued_items == 2, "one waiter is left"
+    waiters[1].cancel()
+    await until(lambda: engine.load().queued_items == 1)
+    model.is_long = False
+    assert not (await next_one).cached
+    assert model.embedded == [b"b"]
 
 
 @pytest.mark.parametrize("stage", ["decoding", "gate"])

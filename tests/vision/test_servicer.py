@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, BinaryIO
 
 import pytest
@@ -46,7 +46,9 @@ class SmallModel:
     def embedding_bytes(self, grid: Grid) -> int:
         return NUM_ROWS * NUM_COLUMNS * 4
 
-    def preprocess(self, file: BinaryIO, kind: MediaKind) -> RawPatches:
+    def preprocess(
+        self, file: BinaryIO, kind: MediaKind, on_frame: Callable[[], None]
+    ) -> RawPatches:
         levels = torch.zeros(GRID.num_patches, 3, 1, dtype=torch.uint8)
         return RawPatches(levels=levels, grid=GRID, settings=SETTINGS)
 

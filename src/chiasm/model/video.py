@@ -9,7 +9,7 @@ PyAV reader of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -34,21 +34,27 @@ def preprocess_video(
 
 
 def read_video(
-    source: Source, processing: ProcessingConfig, *, limits: VideoLimits | None = None
+    source: Source,
+    processing: ProcessingConfig,
+    *,
+    limits: VideoLimits | None = None,
+    on_frame: Callable[[], None] = lambda: None,
 ) -> RawPatches:
     """Samples, stamps, resizes and patches a video; an odd last frame is doubled.
+
+    on_frame: called for every frame decoded, wanted or not; what it raises ends the reading.
 
     Raises InvalidArgument("video") for what cannot be decoded, has no frame, exceeds `limits`, or
     has more than max_frames frames where the checkpoint does not sample.
     """
     limits = limits or VideoLimits()
     info = probe_video(source, limits)
-    total = info.num_frames or _count_frames(source, limits)
+    total = info.num_frames or _count_frames(source, limits, on_frame)
     indices = sample_indices(total, info.fps, processing.video)
     times = _timestamps(indices, info.fps, processing.video)
     rows: torch.Tensor | None = None
     grid, taken = Grid(0, 0, 0), 0
-    for frame in _frames(source, indices, limits):
+    for frame in _frames(source, indices, limits, on_frame):
         if rows is None:
             grid = _frame_grid(frame, processing)
             rows = _allocate(len(indices), grid, processing)
@@ -86,12 +92,13 @@ def _timestamps(
     return list(torch.tensor(indices, dtype=torch.int32) / pace)
 
 
-def _count_frames(source: Source, limits: VideoLimits) -> int:
+def _count_frames(source: Source, limits: VideoLimits, on_frame: Callable[[], None]) -> int:
     """For containers that do not tell. Decodes: packets and frames are not one to one."""
     count = 0
     with open_video(source, limits) as (container, stream):
         for _ in container.decode(stream):
             count += 1
+            on_frame()
             if count > limits.max_frames:
                 raise InvalidArgument("video", f"has more than {limits.max_frames} frames")
     if not count:
@@ -99,7 +106,9 @@ def _count_frames(source: Source, limits: VideoLimits) -> int:
     return count
 
 
-def _frames(source: Source, indices: Sequence[int], limits: VideoLimits) -> Iterator[np.ndarray]:
+def _frames(
+    source: Source, indices: Sequence[int], limits: VideoLimits, on_frame: Callable[[], None]
+) -> Iterator[np.ndarray]:
     """The frames at `indices`, [H, W, 3] uint8, all of one size."""
     wanted, last = set(indices), indices[-1]
     size: tuple[int, int] | None = None
@@ -107,6 +116,7 @@ def _frames(source: Source, indices: Sequence[int], limits: VideoLimits) -> Iter
         for index, frame in enumerate(container.decode(stream)):
             if index > last:
                 return
+            on_frame()
             if frame.is_corrupt:
                 raise InvalidArgument("video", f"frame {index} is damaged")
             if index not in wanted:
