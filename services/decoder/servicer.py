@@ -37,6 +37,10 @@ from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, inference_pb2
 HANDOVER_TIMEOUT_S = 1.0
 """How long a call waits for an earlier one with its id to end."""
 
+PROMPT_ROWS_BYTES = 1 << 30
+"""Logits and log-probabilities of prompts that callers may not have read yet, all calls together; a
+single one may have more."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 log = structlog.get_logger()
 
@@ -50,6 +54,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self._calls: dict[str, asyncio.Task[object]] = {}
         self._aborted: set[str] = set()
         self._is_draining = False
+        self._prompt_rows_bytes = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -63,9 +68,11 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             )
         wire.check(request, self._config)
         await self._vacant(request.request_id)
+        num_bytes = wire.prompt_rows_bytes(request, self._config)
         self._calls[request.request_id] = _current_task()
         self._idle.clear()
         try:
+            self._reserve(num_bytes)
             await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
             with traces.span("decode", kind=traces.SERVER) as span:
                 span.set_attributes(
@@ -82,10 +89,19 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             # grpc would say nothing to a peer whose call is cancelled from our side.
             raise errors.FailedPrecondition("the request was aborted", reason="ABORTED") from None
         finally:
+            self._prompt_rows_bytes -= num_bytes
             self._aborted.discard(request.request_id)
             del self._calls[request.request_id]
             if not self._calls:
                 self._idle.set()
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Books a call's prompt rows, which are computed faster than they may be read."""
+        used, self._prompt_rows_bytes = self._prompt_rows_bytes, self._prompt_rows_bytes + num_bytes
+        if used and num_bytes and self._prompt_rows_bytes > PROMPT_ROWS_BYTES:
+            raise errors.ResourceExhausted(
+                f"{used} bytes of other prompts' logits have not been read", retry_after_s=1.0
+            )
 
     async def Abort(
         self, request: decoder_pb2.AbortRequest, context: Context

@@ -26,6 +26,9 @@ from chiasm.v1 import decoder_pb2, inference_pb2, tensor_pb2
 
 LOGITS_CHUNK_BYTES = 1 << 20
 
+_LISTED_BYTES = 128
+"""Of a token and its log-probability in a list; about."""
+
 _REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
@@ -88,6 +91,15 @@ def _check_sampling(request: decoder_pb2.DecodeRequest, num_prompt: int, limit: 
         raise errors.InvalidArgument("sampling.temperature", "must be finite and at least 0")
     if wire.HasField("repetition_penalty") and not 0 < wire.repetition_penalty < math.inf:
         raise errors.InvalidArgument("sampling.repetition_penalty", "must be finite and above 0")
+
+
+def prompt_rows_bytes(request: decoder_pb2.DecodeRequest, config: ModelConfig) -> int:
+    """What the logits and log-probabilities of the prompt take, as far as they are wanted."""
+    num_prompt, sampling = len(request.token_types), request.sampling
+    num_bytes = num_prompt * config.text.vocab_size * 4 if request.prompt_logits else 0
+    if sampling.HasField("prompt_logprobs"):
+        num_bytes += num_prompt * (1 + sampling.prompt_logprobs) * _LISTED_BYTES
+    return num_bytes
 
 
 def media(request: decoder_pb2.DecodeRequest) -> tuple[LaidOutMedia, ...]:

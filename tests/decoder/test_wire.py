@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from chiasm import errors
 from chiasm.model.config import ModelConfig
 from chiasm.services.decoder import wire
 from chiasm.services.decoder.grammars import MAX_GRAMMAR_BYTES
+from chiasm.services.decoder.servicer import PROMPT_ROWS_BYTES, DecoderServicer
 from chiasm.v1 import decoder_pb2, inference_pb2
 
 LIMIT, SIZE = 4096, 576
@@ -77,3 +79,18 @@ def test_an_answer_without_a_limit_is_as_long_as_fits(
     assert wire.sampling(made, config, capacity=capacity).max_tokens == expected
     limited = request({"max_tokens": 7})
     assert wire.sampling(limited, config, capacity=capacity).max_tokens == 7
+
+
+def test_prompt_rows_are_booked_before_they_are_computed(config: ModelConfig) -> None:
+    """Callers who do not read cannot make a decoder hold more than its share of them."""
+    plain, rows = request(), request(prompt_logits=True)
+    assert wire.prompt_rows_bytes(plain, config) == 0
+    assert wire.prompt_rows_bytes(rows, config) == 3 * SIZE * 4
+    listed = request({"prompt_logprobs": 0})
+    assert 0 < wire.prompt_rows_bytes(listed, config) < wire.prompt_rows_bytes(rows, config)
+    servicer = DecoderServicer(config, embeddings=Mock(), grammars=Mock())
+    servicer._reserve(3 * PROMPT_ROWS_BYTES)  # alone it may have more
+    servicer._reserve(0)
+    with pytest.raises(errors.ResourceExhausted) as caught:
+        servicer._reserve(1)
+    assert caught.value.retry_after_s

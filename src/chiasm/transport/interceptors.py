@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
@@ -127,7 +128,13 @@ def _wrap_stream(behavior: Any, method: str) -> Any:
             answers = behavior(request, context)
             try:
                 async for answer in answers:
-                    await context.write(answer)
+                    try:
+                        await context.write(answer)
+                    except asyncio.CancelledError as cancelled:
+                        # The handler, which waits at its yield, may know why: its own deadline.
+                        with contextlib.suppress(StopAsyncIteration):
+                            await answers.athrow(cancelled)
+                        raise
             except asyncio.CancelledError:
                 scope.outcome = "CANCELLED"
                 raise
