@@ -207,6 +207,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             ),
             sampling=wire.sampling(request, self._config, capacity=capacity),
             prompt_logits=request.prompt_logits,
+            priority=request.priority,
             num_resumed=request.num_generated,
             trace_context=otel_context.get_current(),
         )

@@ -146,6 +146,7 @@ class Generation:
     sampling: Sampling
     prompt_token_ids: bool
     prompt_logits: bool
+    priority: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ def decode_request(
         prompt_logits=generation.prompt_logits and is_first,
         think_end_ids=() if thought_end is None else (thought_end,),
         grammar=grammar.source if grammar else "",
+        priority=generation.priority,
     )
 
 

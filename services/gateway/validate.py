@@ -60,6 +60,7 @@ class Validator:
             ),
             prompt_token_ids=request.output.prompt_token_ids,
             prompt_logits=request.output.prompt_logits,
+            priority=request.priority,
         )
 
     def count(self, request: inference_pb2.CountTokensRequest) -> PromptInput:

@@ -42,6 +42,17 @@ def ids(stack: Stack, text: str) -> list[int]:
     return stack.tokenizer.encode(text)
 
 
+async def test_priority_travels_to_the_decoder(decoder: FakeDecoder, client: AsyncClient) -> None:
+    for priority in (0, -3, 2**31 - 1):
+        await client.complete("x", sampling=Sampling(n=2), priority=priority)
+        assert [r.priority for r in decoder.requests] == [priority] * 2
+        decoder.requests.clear()
+    for wrong in (2**31, 1.5):
+        with pytest.raises(errors.InvalidArgument) as caught:
+            await client.complete("x", priority=wrong)  # type: ignore[arg-type]  # wrong on purpose
+        assert caught.value.field == "priority"
+
+
 async def test_text_request(stack: Stack, decoder: FakeDecoder, client: AsyncClient) -> None:
     decoder.token_ids = [*ids(stack, "The answer is yes."), 2]
     result = await client.complete(

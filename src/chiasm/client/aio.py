@@ -63,6 +63,7 @@ class AsyncClient:
         enable_thinking: bool = False,
         prompt_token_ids: bool = False,
         prompt_logits: bool = False,
+        priority: int = 0,
         request_id: str = "",
         model: str = "",
         timeout_s: float | None = None,
@@ -77,6 +78,7 @@ class AsyncClient:
             enable_thinking=enable_thinking,
             prompt_token_ids=prompt_token_ids,
             prompt_logits=prompt_logits,
+            priority=priority,
             model=model,
         )
         request_id = calls.new_request_id(request_id)
@@ -106,6 +108,7 @@ class AsyncClient:
         enable_thinking: bool = False,
         prompt_token_ids: bool = True,
         prompt_logits: bool = False,
+        priority: int = 0,
         request_id: str = "",
         model: str = "",
         timeout_s: float | None = None,
@@ -118,6 +121,7 @@ class AsyncClient:
             enable_thinking=enable_thinking,
             prompt_token_ids=prompt_token_ids,
             prompt_logits=prompt_logits,
+            priority=priority,
             request_id=request_id,
             model=model,
             timeout_s=timeout_s,

@@ -32,6 +32,7 @@ from chiasm.v1 import inference_pb2, tensor_pb2
 
 T = TypeVar("T", events.Usage, events.Timings, events.Model)
 
+_INT32_MAX = 2**31 - 1
 _UINT32_MAX = 2**32 - 1
 _UINT64_MAX = 2**64 - 1
 _REASONS: dict[int, events.FinishReason] = {
@@ -42,12 +43,13 @@ _REASONS: dict[int, events.FinishReason] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Everything of a request that is not its prompt."""
+    """Everything of a request that is not its prompt. priority: the lowest is served first."""
 
     sampling: Sampling = DEFAULT_SAMPLING
     enable_thinking: bool = False
     prompt_token_ids: bool = False
     prompt_logits: bool = False
+    priority: int = 0
     model: str = ""
 
 
@@ -64,6 +66,7 @@ def generate_request(
         output=inference_pb2.OutputOptions(
             prompt_token_ids=options.prompt_token_ids, prompt_logits=options.prompt_logits
         ),
+        priority=_integer("priority", options.priority, _INT32_MAX, minimum=-_INT32_MAX),
     )
 
 
@@ -180,9 +183,11 @@ def _optional(field: str, value: int | None, maximum: int = _UINT32_MAX) -> int 
     return None if value is None else _integer(field, value, maximum)
 
 
-def _integer(field: str, value: int, maximum: int = _UINT32_MAX) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
-        raise errors.InvalidArgument(field, f"must be an integer in 0..{maximum}, not {value!r}")
+def _integer(field: str, value: int, maximum: int = _UINT32_MAX, *, minimum: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise errors.InvalidArgument(
+            field, f"must be an integer in {minimum}..{maximum}, not {value!r}"
+        )
     return value
 
 
