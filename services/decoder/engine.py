@@ -167,11 +167,12 @@ class Engine:
     def _step(self) -> bool:
         """One step; False when nothing could run."""
         start = time.monotonic_ns()
-        schedule = self._scheduler.schedule(self._pools.covered())
+        covered = self._pools.covered()
+        schedule = self._scheduler.schedule(covered)
         metrics.PREEMPTIONS.inc(len(schedule.preempted))
         for sequence in schedule.admitted:
             self._admitted(sequence, start)
-        self._unpark(schedule)
+        self._unpark(schedule, covered)
         self._wait_or_fail(schedule.parked, since=start)
         if not schedule.chunks:
             return False
@@ -297,11 +298,13 @@ class Engine:
         )
         self._wait_or_fail(parked, since=start)
 
-    def _unpark(self, schedule: Schedule) -> None:
-        """Those that wait for something else than a pool wait for no pool any more."""
-        held = {*schedule.parked, *(chunk.sequence for chunk in schedule.chunks)}
+    def _unpark(self, schedule: Schedule, covered: frozenset[Modality]) -> None:
+        """Those that wait for something else than their pools are parked no longer; those that the
+        step runs are judged by its end."""
+        running = {chunk.sequence for chunk in schedule.chunks}
         for sequence in self._scheduler:
-            if sequence not in held:
+            is_parked = sequence.parked_since is not None and sequence not in running
+            if is_parked and sequence.modalities(0, len(sequence.token_ids)) <= covered:
                 sequence.parked_since = None
 
     def _wait_or_fail(self, sequences: Iterable[Sequence], *, since: int) -> None:

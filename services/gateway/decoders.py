@@ -28,10 +28,11 @@ EVICTED = "EMBEDDING_EVICTED"
 MAX_RESUMES = 3
 """Decoders one answer may outlive. A request that brings decoders down must not go through all."""
 
-LOST = "DECODER_LOST"
-"""Reason of a call that broke off after the decoder had accepted it."""
-
 log = structlog.get_logger()
+
+
+class _BrokenOff(errors.Unavailable):
+    """The end of a call that the decoder had taken in hand."""
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class Decoders:
                 has_gone_on = len(generated) > num_before
                 if has_output and not generated:
                     raise self._lost(error) from None  # what concerns the prompt is sent once
-                if has_gone_on or error.reason == LOST:
+                if has_gone_on or isinstance(error, _BrokenOff):
                     if not resumes_left:
                         raise self._lost(error) from None
                     resumes_left -= 1
@@ -136,7 +137,7 @@ class Decoders:
     def _lost(self, error: errors.ChiasmError) -> errors.Unavailable:
         return errors.Unavailable(
             f"the decoder was lost while it answered: {error.message}",
-            reason=LOST,
+            reason="DECODER_LOST",
             retry_after_s=self._retry_after_s,
         )
 
@@ -171,7 +172,7 @@ class Decoders:
                 return  # all has been said
             error = peer_error(failure)
             if error.reason == errors.Unavailable.default_reason and await _was_accepted(call):
-                error = errors.Unavailable(error.message, reason=LOST)
+                error = _BrokenOff(error.message)
             traces.mark_failed(span, error)
             raise error from None
         finally:
