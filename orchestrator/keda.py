@@ -2,8 +2,10 @@
 
 The trigger's metadata name the pool. The metric is the number of replicas the pool should have and
 one replica stands for 1 of it, so the HPA that KEDA keeps arrives at that number; whether it is
-above zero is what wakes the pool or lets it go. While there is no decision, calls are refused and
-streams are silent: KEDA then holds, or takes its fallback, where a zero would take the pool away.
+above zero is what wakes the pool or lets it go. An HPA does nothing about a metric within a tenth
+of its target, so a small step of a large pool is told as one that is large enough. While there is
+no decision, calls are refused and streams are silent: KEDA then holds, or takes its fallback, where
+a zero would take the pool away.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ LOOK_S = 0.25
 REPLICA = 1.0
 """What one replica stands for in the metric."""
 
+TOLERANCE = 0.1
+"""Of an HPA: what is nearer to its target it takes for equal (the controller manager's default)."""
+
 RETRY_AFTER_S = 1.0
 
 
@@ -40,7 +45,8 @@ class KedaScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
     async def IsActive(
         self, request: externalscaler_pb2.ScaledObjectRef, context: Any
     ) -> externalscaler_pb2.IsActiveResponse:
-        return externalscaler_pb2.IsActiveResponse(result=self._replicas(_pool(request)) > 0)
+        pool = _pool(request)
+        return externalscaler_pb2.IsActiveResponse(result=self._decided(pool).replicas[pool] > 0)
 
     async def StreamIsActive(
         self, request: externalscaler_pb2.ScaledObjectRef, context: Any
@@ -73,7 +79,8 @@ class KedaScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         pool = _pool(request.scaled_object_ref)
         if request.metric_name != _metric(pool):
             raise errors.InvalidArgument("metric_name", f"is not {_metric(pool)!r}")
-        replicas = self._replicas(pool)
+        decision = self._decided(pool)
+        replicas = heard(decision.replicas[pool], before=decision.before.get(pool, 0))
         value = externalscaler_pb2.MetricValue(
             metric_name=_metric(pool),
             metric_value=math.ceil(replicas * REPLICA),
@@ -85,7 +92,7 @@ class KedaScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         """Ends the streams."""
         self._closing.set()
 
-    def _replicas(self, pool: Pool) -> int:
+    def _decided(self, pool: Pool) -> Decision:
         decision = self._decision()
         if decision is None or pool not in decision.replicas:
             raise errors.Unavailable(
@@ -93,7 +100,19 @@ class KedaScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
                 reason="NOTHING_DECIDED",
                 retry_after_s=RETRY_AFTER_S,
             )
-        return decision.replicas[pool]
+        return decision
+
+
+def heard(replicas: int, *, before: int) -> int:
+    """The nearest number of replicas to those decided that an HPA acts upon, having `before`.
+
+    How far it goes at a time is for its `behavior`: with the chart's, down by one a minute.
+    """
+    if replicas > before:
+        return max(replicas, math.floor(before * (1 + TOLERANCE)) + 1)
+    if 0 < replicas < before:
+        return max(1, min(replicas, math.ceil(before * (1 - TOLERANCE)) - 1))
+    return replicas
 
 
 def _pool(request: externalscaler_pb2.ScaledObjectRef) -> Pool:

@@ -31,6 +31,7 @@ def decide(history: Sequence[Observation], configs: Mapping[Pool, PoolConfig]) -
     verdicts = {pool: _decide(_Past.of(pool, history), configs[pool]) for pool in now.pools}
     return Decision(
         at=now.at,
+        before={pool: view.replicas for pool, view in now.pools.items()},
         replicas={pool: verdict.replicas for pool, verdict in verdicts.items()},
         reasons={pool: verdict.reason for pool, verdict in verdicts.items()},
     )

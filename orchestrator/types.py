@@ -106,9 +106,11 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Desired replicas of each pool, and why; a pool that is held keeps the number it has."""
+    """Desired replicas of each pool, and why; a pool that is held keeps the number it has. before:
+    the replicas there were."""
 
     at: float
+    before: Mapping[Pool, int] = field(default_factory=dict)
     replicas: Mapping[Pool, int] = field(default_factory=dict)
     reasons: Mapping[Pool, str] = field(default_factory=dict)
 

@@ -35,6 +35,7 @@ BY_THE_CHART = frozenset(
     [
         "bind",
         "advertise_host",
+        "metrics_host",
         "metrics_port",
         "grace_s",
         "health_port",
@@ -86,6 +87,8 @@ QUANTITY: Schema = {
     "pattern": "^[0-9]+(\\.[0-9]+)?([EPTGMk]i?|m)?$",
 }
 NAME: Schema = {"type": "string", "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"}
+# What names of Services begin with.
+PREFIX: Schema = {"type": "string", "pattern": "^([a-z]([-a-z0-9]*[a-z0-9])?)?$"}
 PERCENT_OR_COUNT: Schema = {"type": ["integer", "string"], "pattern": "^[0-9]+%$", "minimum": 0}
 
 
@@ -144,7 +147,11 @@ MONITOR = closed(
     relabelings=OBJECTS,
     metricRelabelings=OBJECTS,
 )
-KEDA = closed(pollingInterval=whole(1), cooldownPeriod=whole(0), fallbackReplicas=whole(0))
+KEDA = closed(
+    pollingInterval=whole(1),
+    cooldownPeriod=whole(0),
+    fallbackReplicas={"type": ["integer", "null"], "minimum": 1},
+)
 
 
 def autoscaling(*types: str, least: int) -> Schema:
@@ -278,6 +285,7 @@ def access() -> dict[str, Schema]:
             gatewayFrom=OBJECTS,
             metricsFrom=OBJECTS,
             kedaFrom=OBJECTS,
+            dnsPorts=PORTS,
             tracingTo=OBJECTS,
             apiServerTo=OBJECTS,
             apiServerPorts=PORTS,
@@ -325,7 +333,8 @@ def schema() -> Schema:
     experts = {"enabled": FLAG, "shards": shards}
     properties: dict[str, Schema] = {
         "nameOverride": NAME,
-        "fullnameOverride": NAME,
+        "fullnameOverride": PREFIX,
+        "bindAddress": matching("^([0-9.]+|\\[[0-9a-f:]+\\])$"),
         "global": closed(imageRegistry=TEXT, imagePullSecrets=OBJECTS)
         | {
             "additionalProperties": True  # those of a parent chart

@@ -143,7 +143,7 @@ class Generator:
                 num_before = answer.num_tokens
                 responses = answer.responses(event)
                 if answer.num_tokens > num_before:
-                    call.observation.generated(answer.num_tokens - num_before)
+                    call.observation.generated(index, answer.num_tokens - num_before)
                 for response in responses:
                     yield response
                 if answer.reason is not None and not event.HasField("finished"):

@@ -42,7 +42,7 @@ class Observation:
         )
         self.context: otel_context.Context = trace.set_span_in_context(self._span)
         self._first_token_ns = 0
-        self._last_token_s = 0.0
+        self._last_token_s: dict[int, float] = {}  # by answer
         self._num_tokens = self._num_cached = 0
         self._usage: Usage | None = None
         self._finish_reason = ""
@@ -110,19 +110,19 @@ class Observation:
         """Records the wait for the vision encoder."""
         metrics.ENCODE_WAIT_SECONDS.observe(encode_ns / 1e9)
 
-    def generated(self, num_tokens: int) -> None:
-        """Records tokens that are about to be streamed."""
-        now_s = time.monotonic()
+    def generated(self, index: int, num_tokens: int) -> None:
+        """Records tokens of answer `index` that are about to be streamed."""
+        now_s, last_s = time.monotonic(), self._last_token_s.get(index)
         if not self._last_token_s:
             self._first_token_ns = self.elapsed_ns()
             metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(self._first_token_ns / 1e9)
             self._span.set_attribute(
                 "gen_ai.response.time_to_first_chunk", self._first_token_ns / 1e9
             )
-        else:
+        elif last_s is not None:
             for _ in range(num_tokens):
-                metrics.INTER_TOKEN_SECONDS.observe((now_s - self._last_token_s) / num_tokens)
-        self._last_token_s = now_s
+                metrics.INTER_TOKEN_SECONDS.observe((now_s - last_s) / num_tokens)
+        self._last_token_s[index] = now_s
         self._num_tokens += num_tokens
         metrics.COMPLETION_TOKENS.inc(num_tokens)
 

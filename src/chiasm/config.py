@@ -15,6 +15,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -30,6 +31,7 @@ class ProcessSettings(BaseSettings):
     advertise_host: str = Field(
         "127.0.0.1", description="Host under which the other services reach this one."
     )
+    metrics_host: str = Field("", description="Host of /metrics; empty: that of --bind.")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of /metrics; 0 takes a free one."
     )
@@ -85,8 +87,19 @@ class ProcessSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        yaml = YamlConfigSettingsSource(settings_cls, yaml_file=os.environ.get("CHIASM_CONFIG"))
-        return init_settings, env_settings, yaml
+        return init_settings, env_settings, _yaml(settings_cls)
+
+
+def _yaml(settings_cls: type[BaseSettings]) -> YamlConfigSettingsSource:
+    """The file that CHIASM_CONFIG names. Raises SettingsError for one that is not there or no YAML:
+    what it says, of keys and certificates for instance, must not be passed over."""
+    file = os.environ.get("CHIASM_CONFIG") or None
+    if file is not None and not Path(file).is_file():
+        raise SettingsError(f"CHIASM_CONFIG: there is no file {file}")
+    try:
+        return YamlConfigSettingsSource(settings_cls, yaml_file=file)
+    except Exception as error:  # of the parser, or of whoever expected a mapping
+        raise SettingsError(f"CHIASM_CONFIG: {file}: {' '.join(str(error).split())}") from None
 
 
 class ServiceSettings(ProcessSettings):

@@ -112,6 +112,11 @@ _POOLS = {
 }
 """Names of the processes that are scaled, without their numbers."""
 
+_NOT_FOR_CHILDREN = frozenset(
+    f"CHIASM_{name}"
+    for name in ("TLS_CERT", "TLS_KEY", "TLS_CA", "TLS_NAME", "METRICS_PORT", "HEALTH_PORT")
+)
+
 _STAGES = ("orchestrator", *_POOLS, "gateway")
 """All processes, those that others lean on first."""
 
@@ -196,6 +201,8 @@ class LocalStack:
             for name, child in self.children.items()
             if child.exit_code is not None and not self._replicas.is_ending(name)
         ]
+        dead += self._replicas.replaced
+        self._replicas.replaced.clear()
         news = [child for child in dead if child.name not in self._dead]
         self._dead.update(child.name for child in news)
         return news
@@ -277,7 +284,7 @@ class LocalStack:
     def _spawn(self, name: str, module: str, port: int, *flags: str) -> None:
         # Only the public API may be reached from outside.
         host = self.config.host if name == "gateway" else LOOPBACK
-        common = ["--bind", f"{host}:{port}"]
+        common = ["--bind", f"{host}:{port}", "--metrics-host", LOOPBACK]
         common += ["--advertise-host", LOOPBACK if host in ("0.0.0.0", "[::]") else host]
         common += ["--log-level", self.config.log_level, "--grace-s", str(self.config.grace_s / 2)]
         self.children[name] = Child(
@@ -349,10 +356,11 @@ def _environment(name: str) -> dict[str, str]:
 
     Six processes that spin on their thread pools would starve each other, so they wait passively
     and none takes all cores; whatever the user has set stays. Only OTEL_SERVICE_NAME, which would
-    make one service of all, is a prefix here.
+    make one service of all, is a prefix here, and what is meant for one process or for a client of
+    another system is left out.
     """
     threads = str(max(1, cores.usable() // 2))
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if prefix := os.environ.get("OTEL_SERVICE_NAME"):
-        environment["OTEL_SERVICE_NAME"] = f"{prefix}-{name.rstrip('-0123456789')}"
-    return environment
+        environment["OTEL_SERVICE_NAME"] = f"{prefix}-{_kind(name)}"
+    return {name: value for name, value in environment.items() if name not in _NOT_FOR_CHILDREN}

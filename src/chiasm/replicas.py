@@ -100,6 +100,8 @@ class Replicas:
     ) -> None:
         self._children, self._pool_of, self._spawn = children, pool_of, spawn
         self._grace_s, self._clock = grace_s, clock
+        self.replaced: list[Child] = []
+        """Processes that died and were replaced, until somebody takes note and clears it."""
         self._pools: dict[int, _Pool] = {}
         self._ending: dict[str, float] = {}
 
@@ -157,7 +159,9 @@ class Replicas:
         died_young = bool(dead) and age_s < RESPAWN_MAX_S
         pool.pause_s = min(2 * pool.pause_s, RESPAWN_MAX_S) if died_young else RESPAWN_S
         for name in dead:
-            self._children.pop(name).end(0.0)
+            child = self._children.pop(name)
+            child.end(0.0)
+            self.replaced.append(child)
         pool.count, pool.started_at = pool.count + 1, now
         self._spawn(number, pool.count)
         return True

@@ -93,6 +93,32 @@ async def test_chat_with_images_and_history() -> None:
     assert len(text["text"].split()) == 6
 
 
+async def test_separators_of_unicode_within_a_token() -> None:
+    """Servers that do not escape them: a line of an event stream ends at CR and LF alone."""
+    pieces = ["a\u2028b", "c\u0085", "\u2029"]
+
+    def answer(_: dict[str, Any]) -> list[str]:
+        chunks = [json.dumps({"choices": [{"text": p}]}, ensure_ascii=False) for p in pieces]
+        return [*(f"data: {chunk}\r" for chunk in chunks), "data: [DONE]", ": and more"]
+
+    async with _server(answer) as (base, _):
+        backend = await _connected(f"{base}/completions", model="mine")
+        events = [event async for event in backend.prepare((), TURN)(10.0)]
+        await backend.close()
+    assert events[:-1] == [Tokens(1, piece) for piece in pieces]
+    assert isinstance(events[-1], Done)
+
+
+@pytest.mark.parametrize("chunk", [{"choices": [None]}, {"choices": 3}, {"usage": "much"}])
+async def test_chunks_of_the_wrong_kind_fail_their_request(chunk: dict[str, Any]) -> None:
+    async with _server(lambda _: [f"data: {json.dumps(chunk)}", "data: [DONE]"]) as (base, _):
+        backend = await _connected(f"{base}/completions", model="mine")
+        with pytest.raises(RequestFailed) as failed:
+            _ = [event async for event in backend.prepare((), TURN)(10.0)]
+        await backend.close()
+    assert failed.value.reason == "MALFORMED_ANSWER"
+
+
 async def test_completions_without_usage() -> None:
     async with _server(_text) as (base, bodies):
         backend = await _connected(f"{base}/completions", model="mine")

@@ -50,3 +50,15 @@ def test_without_options_it_is_plain_text(files: TlsFiles) -> None:
     assert options("--tls").gateway_tls == TlsFiles()
     with pytest.raises(errors.InvalidArgument):
         _ = options("--tls-cert", str(files.cert)).gateway_tls
+
+
+def test_the_file_for_the_result_has_a_variable_like_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JSON", "1")
+    assert parse_settings(BenchOptions, [], prog="bench").json_file is None
+    monkeypatch.setenv("CHIASM_BENCH_JSON", "r.json")
+    assert parse_settings(BenchOptions, [], prog="bench").json_file == Path("r.json")
+    assert parse_settings(BenchOptions, ["--json", "s.json"], prog="bench").json_file == Path(
+        "s.json"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_goodput_counts_failures_and_each_limit() -> None:
     assert summary.goodput_per_s == pytest.approx(1 / summary.duration_s)
     assert summary.failed == {"UNAVAILABLE": 1}
     assert [Slo.parse("tpot=20").is_met(r) for r in records] == [True, True, False, True, False]
+    assert not Slo.parse("e2e=1000").is_met(replace(_record(), ttft_s=None)), "no answer at all"
 
 
 @pytest.mark.parametrize("text", ["ttft", "ttft=", "ttft=-1", "latency=4", "ttft=nan", "ttft=1,"])

@@ -46,6 +46,17 @@ def test_blocks_that_cannot_be_read(
         ModelConfig.load(tmp_path)
 
 
+@pytest.mark.parametrize("block", [{}, {"quant_method": "fp8"}, {"quantization": "wint4"}])
+def test_other_quantisations_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, block: dict[str, Any]
+) -> None:
+    values = json.loads((tiny_checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": block}))
+    shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
+    with pytest.raises(InvalidArgument, match="quantization_config.*only Baidu's wint2"):
+        ModelConfig.load(tmp_path)
+
+
 def test_wint2_layers_are_read_and_the_others_as_they_are(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,25 @@ def test_flag_beats_environment_beats_yaml_beats_default(
     assert (settings.colocate, settings.dtype) == (False, "bfloat16")
 
 
+@pytest.mark.parametrize("content", [None, "model: [", "- a\n- list\n"])
+def test_a_settings_file_that_cannot_be_read_is_not_passed_over(
+    content: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tmp_path / "chiasm.yaml"
+    if content is not None:
+        config.write_text(content)
+    monkeypatch.setenv("CHIASM_CONFIG", str(config))
+    with pytest.raises(SystemExit) as stopped:
+        parse("--model", "/m")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CHIASM_CONFIG" in line
+    assert str(config) in line
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [

@@ -11,7 +11,7 @@ import pytest
 from control.keda_client import KedaClient
 
 from chiasm import errors
-from chiasm.orchestrator.keda import KedaScaler
+from chiasm.orchestrator.keda import KedaScaler, heard
 from chiasm.orchestrator.types import Decision, Pool
 from chiasm.transport import status
 from chiasm.transport.messages import CONTROL_BYTES
@@ -77,6 +77,31 @@ async def test_the_metric_and_the_activity_follow_the_decision(scaler: Scaler) -
         scaler.decide(vision_experts=replicas, text_experts=9)
         assert await ask(scaler, KedaClient.wanted_replicas) == replicas
         assert await ask(scaler, KedaClient.is_active) == (replicas > 0)
+
+
+@pytest.mark.parametrize("before", [1, 2, 9, 10, 11, 12, 20, 33, 64])
+def test_an_hpa_hears_of_every_step_of_a_pool_of_any_size(before: int) -> None:
+    """Its rule: nothing within a tenth, else up to the metric."""
+
+    def scaled(metric: int) -> int:
+        return before if abs(metric / before - 1) <= 0.1 else metric
+
+    assert heard(before, before=before) == before
+    assert heard(0, before=before) == 0
+    for wanted in range(1, 2 * before):
+        found = scaled(heard(wanted, before=before))
+        if wanted > before:
+            assert wanted <= found <= max(wanted, before * 1.1 + 1)
+        elif wanted < before:
+            assert min(wanted, before * 0.9 - 1) <= found <= wanted
+            assert found >= 1
+
+
+async def test_a_small_step_of_a_large_pool_is_told_as_a_larger_one(scaler: Scaler) -> None:
+    scaler.decision = Decision(
+        at=0.0, before={Pool.TEXT_EXPERTS: 12}, replicas={Pool.TEXT_EXPERTS: 11}
+    )
+    assert await ask(scaler, KedaClient.wanted_replicas, Pool.TEXT_EXPERTS) == 10
 
 
 async def test_a_pool_that_wakes_or_goes_is_pushed(scaler: Scaler) -> None:

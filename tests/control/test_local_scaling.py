@@ -126,6 +126,7 @@ def test_a_dead_process_is_replaced_at_once_and_a_crashing_one_ever_more_slowly(
     machine.children["text-0"].exit_code = -9
     machine.order(text=1)
     assert set(machine.children) == {"gateway", "text-new1"}
+    assert [child.name for child in machine.replicas.replaced] == ["text-0"]
     starts, number = [], 1
     while machine.now < 40:
         machine.children[f"text-new{number}"].exit_code = 1

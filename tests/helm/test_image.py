@@ -150,6 +150,22 @@ def test_a_gateway_leaves_the_weights(tmp_path: Path, commands: Path) -> None:
     assert (tmp_path / "calls").read_text().endswith("--exclude *.safetensors\n")
 
 
+def test_a_gateway_has_nothing_to_check_where_the_weights_alone_are_listed(
+    tmp_path: Path, commands: Path
+) -> None:
+    checksums = sums(tmp_path, **{"model-00001-of-00002.safetensors": b""})
+    done = fetch(tmp_path, commands, **HUGGINGFACE, MODEL_CHECKSUMS=checksums, MODEL_WEIGHTS="no")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "models/model-1234").is_dir()
+
+
+def test_what_a_gateway_reads_is_checked(tmp_path: Path, commands: Path) -> None:
+    for wrong in ({"config.json": b"other"}, {"absent.json": b""}):
+        checksums = sums(tmp_path, **wrong)
+        given = {**HUGGINGFACE, "MODEL_CHECKSUMS": checksums, "MODEL_WEIGHTS": "no"}
+        assert fetch(tmp_path, commands, **given).returncode != 0
+
+
 def test_a_command_fills_the_folder_and_starts_afresh(tmp_path: Path) -> None:
     failing = 'ls "$MODEL_DIR"; touch "$MODEL_DIR/half"; false; touch "$MODEL_DIR/more"'
     done = fetch(tmp_path, MODEL_SOURCE="command", MODEL_COMMAND=failing)

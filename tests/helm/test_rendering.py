@@ -12,7 +12,7 @@ import kubernetes_validate
 import kubernetes_validate.utils
 import pytest
 import yaml
-from helm.rendering import CHART, EXAMPLES, manifest, objects, refusal
+from helm.rendering import CHART, EXAMPLES, KUBE_VERSION, manifest, objects, refusal
 from helm_cli import helm
 
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
@@ -136,6 +136,10 @@ def test_the_schema_covers_the_defaults_and_every_default_is_in_it() -> None:
 
 BAD_VALUES = [
     ("gatway={}", "gatway"),
+    ('fullnameOverride="a.b"', "fullnameOverride"),
+    ('fullnameOverride="1a"', "fullnameOverride"),
+    ('bindAddress="localhost"', "bindAddress"),
+    ("networkPolicy.dnsPorts=[0]", "dnsPorts"),
     ('gateway.replicas="two"', "replicas"),
     ("gateway.replicas=0", "replicas"),
     ('gateway.settings={"max_in_fligt":3}', "max_in_fligt"),
@@ -221,12 +225,43 @@ IMPOSSIBLE = [
     (("route.enabled=true",), "route.parentRefs"),
     (("ingress.enabled=true",), "ingress.hosts"),
     (("serviceAccount.create=false",), "orchestratorName must differ"),
+    (('tls.gateway.existingSecret="web"',), "set tests.tlsName"),
 ]
 
 
 @pytest.mark.parametrize(("sets", "said"), IMPOSSIBLE, ids=lambda given: str(given)[:40])
 def test_impossible_mixes_are_refused_in_a_sentence(sets: tuple[str, ...], said: str) -> None:
     assert said in refusal(*sets)
+
+
+@pytest.mark.parametrize(
+    ("release", "begin"),
+    [
+        ("ernie-4.5", "ernie-4-5-chiasm"),
+        ("x" * 40 + ".a", "x" * 36),
+        ("a" * 35 + ".b", "a" * 35),
+        ("my.chiasm", "my-chiasm"),
+    ],
+)
+def test_names_are_those_that_services_may_have(release: str, begin: str) -> None:
+    out = helm("template", release, str(CHART), "--kube-version", KUBE_VERSION).stdout
+    for found in filter(None, yaml.safe_load_all(out)):
+        name = found["metadata"]["name"]
+        assert name.startswith(f"{begin}-") or name == begin
+        assert "." not in name
+        assert found["metadata"]["labels"]["app.kubernetes.io/instance"] == release
+
+
+def test_a_release_named_like_a_number() -> None:
+    done = helm("template", "45", str(CHART), "--kube-version", KUBE_VERSION, check=False)
+    assert "begin with a letter" in done.stderr
+    out = helm(
+        *("template", "45", str(CHART), "--kube-version", KUBE_VERSION),
+        *("--set", "fullnameOverride=a", "--set-string", "nameOverride=45"),
+    ).stdout
+    labels = [o["metadata"]["labels"] for o in yaml.safe_load_all(out) if o]
+    assert {label["app.kubernetes.io/instance"] for label in labels} == {"45"}
+    assert {label["app.kubernetes.io/name"] for label in labels} == {"45"}
 
 
 def test_probes_can_be_left_out_where_the_kubelet_has_no_grpc() -> None:

@@ -114,6 +114,8 @@ def test_keda_asks_the_orchestrator_about_the_pool() -> None:
     for pool in POOLS:
         (trigger,) = found[f"ScaledObject/{NAME}-{pool}"]["spec"]["triggers"]
         assert trigger["type"] == "external-push"
+        assert trigger["metricType"] == "AverageValue"
+        assert "fallback" not in found[f"ScaledObject/{NAME}-{pool}"]["spec"]
         assert trigger["metadata"] == {
             "scalerAddress": f"{NAME}-orchestrator.{NAMESPACE}.svc:9000",
             "pool": pool,
@@ -125,6 +127,12 @@ def test_keda_asks_the_orchestrator_about_the_pool() -> None:
     assert (vision["minReplicaCount"], vision["cooldownPeriod"]) == (0, 600)
     environment_of = environment(container(found, "orchestrator"))
     assert environment_of["CHIASM_SCALING"] == "external"
+
+
+def test_a_fallback_is_there_for_who_wants_one() -> None:
+    found = rendered("decoder.autoscaling.keda.fallbackReplicas=3", values=EXAMPLE["keda"])
+    spec = found[f"ScaledObject/{NAME}-decoder"]["spec"]
+    assert spec["fallback"] == {"failureThreshold": 3, "replicas": 3}
 
 
 def test_disruption_budgets() -> None:

@@ -6,6 +6,8 @@ import gzip
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,8 +205,41 @@ def test_one_name_for_a_stack_is_a_prefix(monkeypatch: pytest.MonkeyPatch) -> No
     names = ("text-pool-0", "text-pool-1", "vision-pool-0", "decoder")
     found = [local._environment(name)["OTEL_SERVICE_NAME"] for name in names]
     assert found == ["shop-text-pool", "shop-text-pool", "shop-vision-pool", "shop-decoder"]
+    assert local._environment("text-pool+3")["OTEL_SERVICE_NAME"] == "shop-text-pool"
     monkeypatch.delenv("OTEL_SERVICE_NAME")
     assert "OTEL_SERVICE_NAME" not in local._environment("decoder")
+
+
+def test_what_is_for_one_process_or_another_system_is_not_handed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CHIASM_TLS_CA", "CHIASM_TLS_CERT", "CHIASM_METRICS_PORT", "CHIASM_LANE"):
+        monkeypatch.setenv(name, "x")
+    found = local._environment("decoder")
+    assert [name for name in found if name.startswith("CHIASM_T")] == []
+    assert "CHIASM_METRICS_PORT" not in found
+    assert found["CHIASM_LANE"] == "x"
+
+
+@pytest.mark.parametrize("value", ["b3", "tracecontext, jaeger"])
+def test_propagators_that_are_not_installed_stop_nothing(value: str) -> None:
+    code = (
+        "from chiasm.telemetry import traces\n"
+        "traces.configure('test', instance_id='i')\n"
+        "found = traces.extract({'traceparent': '00-' + '1' * 32 + '-' + '2' * 16 + '-01'})\n"
+        "with traces.span('x', context=found) as span:\n"
+        "    print(traces.inject(span)['traceparent'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OTEL_PROPAGATORS": value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.startswith(f"00-{'1' * 32}-")
+    assert "OTEL_PROPAGATORS" in done.stderr
 
 
 # Spans

@@ -9,7 +9,7 @@
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
 # Everything that a library may want to write goes to the volume there.
 - {name: HOME, value: /tmp}
-- {name: CHIASM_BIND, value: "0.0.0.0:{{ .spec.port }}"}
+- {name: CHIASM_BIND, value: "{{ $root.Values.bindAddress }}:{{ .spec.port }}"}
 - {name: CHIASM_METRICS_PORT, value: "9090"}
 - {name: CHIASM_ADVERTISE_HOST, value: $(POD_IP)}
 {{- with $values.drainSeconds }}

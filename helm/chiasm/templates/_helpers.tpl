@@ -1,16 +1,13 @@
 {{/* Names, labels and small conversions. */}}
 
+{{/* What the names of all objects begin with: a DNS label, as those of Services must be one. */}}
 {{- define "chiasm.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 36 | trimSuffix "-" -}}
-{{- else -}}
-{{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 36 | trimSuffix "-" -}}
-{{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 36 | trimSuffix "-" -}}
+{{- $name := .Values.fullnameOverride -}}
+{{- if not $name -}}
+{{- $name = default .Chart.Name .Values.nameOverride -}}
+{{- $name = contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name) -}}
 {{- end -}}
-{{- end -}}
+{{- $name | replace "." "-" | trunc 36 | trimAll "-" -}}
 {{- end -}}
 
 {{- define "chiasm.chart" -}}
@@ -19,8 +16,8 @@
 
 {{/* What selects all pods of the release. */}}
 {{- define "chiasm.releaseLabels" -}}
-app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{/* What selects the pods of a component: root, component. */}}

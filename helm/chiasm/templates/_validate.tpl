@@ -1,5 +1,8 @@
 {{/* Stops with a sentence for values that the schema allows one by one, but not together. */}}
 {{- define "chiasm.validate" -}}
+{{- if not (regexMatch "^[a-z]" (include "chiasm.fullname" .)) -}}
+{{- fail (printf "names of Services begin with a letter, %s does not; set fullnameOverride" (include "chiasm.fullname" .)) -}}
+{{- end -}}
 {{- include "chiasm.validatePools" . -}}
 {{- include "chiasm.validateModel" . -}}
 {{- include "chiasm.validateAccess" . -}}
@@ -93,6 +96,9 @@
 {{- end -}}
 {{- if and $gateway.certManager.issuerRef (not $gateway.certManager.dnsNames) -}}
 {{- fail "tls.gateway.certManager.issuerRef needs tls.gateway.certManager.dnsNames" -}}
+{{- end -}}
+{{- if and $gateway.existingSecret $tests.enabled (not $tests.tlsName) -}}
+{{- fail "with tls.gateway.existingSecret the tests need the name in its certificate: set tests.tlsName, and tests.caKey, or tests.enabled to false" -}}
 {{- end -}}
 {{- if $gateway.clientCASecret -}}
 {{- if not (include "chiasm.hasTls" (dict "root" . "component" "gateway")) -}}

@@ -132,21 +132,37 @@ class OpenAIBackend:
 async def _events(answer: httpx.Response) -> AsyncGenerator[Event, None]:
     """Tokens for every chunk with text; one Done at the terminator, with the usage if it came."""
     usage: dict[str, Any] = {}
-    async for line in answer.aiter_lines():
-        if not line.startswith("data:"):
+    is_done = False
+    async for line in _lines(answer):
+        # The rest is read, too: a connection whose answer was not read whole is not used again.
+        if is_done or not line.startswith("data:"):
             continue
         data = line[len("data:") :].strip()
         if data == "[DONE]":
+            is_done = True
             yield Done(
                 input_tokens=usage.get("prompt_tokens"),
                 output_tokens=usage.get("completion_tokens"),
             )
-            return
+            continue
         chunk = _chunk(data)
-        usage = chunk.get("usage") or usage
-        for choice in chunk.get("choices") or ():
-            if text := _choice_text(choice):
-                yield Tokens(1, text)
+        try:
+            usage = dict(chunk.get("usage") or usage)
+            texts = [_choice_text(choice) for choice in chunk.get("choices") or ()]
+        except (AttributeError, TypeError, ValueError):
+            raise RequestFailed("MALFORMED_ANSWER", data[:_MAX_ERROR_CHARS]) from None
+        for text in filter(None, texts):
+            yield Tokens(1, text)
+
+
+async def _lines(answer: httpx.Response) -> AsyncGenerator[str, None]:
+    """Lines as server-sent events have them: other separators of Unicode may stand in a token."""
+    rest = b""
+    async for part in answer.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r").decode(errors="replace")
+    yield rest.decode(errors="replace")
 
 
 def _chunk(data: str) -> dict[str, Any]:

@@ -107,6 +107,17 @@ class _TlsEnvironment(EnvSettingsSource):
         return {name: value for name, value in super().__call__().items() if "tls_" in name}
 
 
+class _Environment(EnvSettingsSource):
+    """CHIASM_BENCH_<OPTION>; for --json too, whose field has another name and so no prefix."""
+
+    def __call__(self) -> dict[str, Any]:
+        values = super().__call__()
+        values.pop("json", None)
+        if file := os.environ.get("CHIASM_BENCH_JSON"):
+            values["json"] = file
+        return values
+
+
 class BenchOptions(WorkloadOptions):
     """Measures a running system under load, in a closed loop or an open one.
 
@@ -157,7 +168,7 @@ class BenchOptions(WorkloadOptions):
     warmup: int = Field(4, ge=0, le=10_000, description="Requests before, which do not count.")
     timeout: float = Field(600.0, gt=0, le=86_400, description="Seconds each request may take.")
     max_in_flight: int = Field(
-        1024, ge=1, le=65_536, description="Open loop: more requests than this fail, unsent."
+        1024, ge=1, le=65_536, description="Open loop: more conversations at once fail, unsent."
     )
     slo: Annotated[str, _word(Slo.parse)] = Field(
         "", description="Limits for goodput in ms: ttft=500,itl=50,tpot=40,e2e=9000."
@@ -199,7 +210,8 @@ class BenchOptions(WorkloadOptions):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _TlsEnvironment(settings_cls, env_prefix="CHIASM_")
+        tls = _TlsEnvironment(settings_cls, env_prefix="CHIASM_")
+        return init_settings, _Environment(settings_cls), tls
 
     @property
     def gateway_key(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from rich import box
@@ -27,7 +28,7 @@ _PERCENTILES = tuple(f"p{p}" for p in PERCENTILES)
 
 def document(options: BenchOptions, outcome: Outcome) -> dict[str, object]:
     """Everything: what was measured, how, on what. docs/benchmarking.md describes the fields."""
-    return {
+    found = {
         "schema": SCHEMA,
         "machine": machine.describe(),
         "versions": {name: version(name) for name in ("chiasm", "numpy")},
@@ -39,6 +40,18 @@ def document(options: BenchOptions, outcome: Outcome) -> dict[str, object]:
         "spreads": [dataclasses.asdict(s) for s in spreads(outcome.runs)],
         "ratios": [dataclasses.asdict(r) for r in ratios(outcome.runs)],
     }
+    return {name: _in_json(value) for name, value in found.items()}
+
+
+def _in_json(value: object) -> object:
+    """Numbers that JSON does not have, the rate `inf` for one, as their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _in_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(entry) for entry in value]
+    return value
 
 
 def tables(outcome: Outcome) -> RenderableType:

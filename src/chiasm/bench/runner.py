@@ -91,10 +91,11 @@ class Runner:
             self._in_flight -= 1
 
     async def _worker(self) -> None:
-        while not self._is_over(self._loop.time()):
+        while not self._is_over(intended := self._loop.time()):
+            # The time it takes to make a request ready is the generator's, and counts as its lag.
             if (ready := await self._supply.next()) is None:
                 return
-            await self._converse(*ready, self._loop.time())
+            await self._converse(*ready, intended)
 
     async def _converse(self, conversation: Conversation, call: Call, intended: float) -> None:
         history: list[Exchange] = []

@@ -71,8 +71,8 @@ class Slo:
         return cls(**limits)
 
     def is_met(self, record: Record) -> bool:
-        """Whether a request ended well and within every limit."""
-        if record.error:
+        """Whether a request ended well, with an answer, and within every limit."""
+        if record.error or record.ttft_s is None:
             return False
         measured = (
             (self.ttft, record.ttft_s),

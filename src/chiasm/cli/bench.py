@@ -57,7 +57,7 @@ def _serve(options: BenchOptions) -> None:
     Console(highlight=False, width=width).print(report.tables(outcome))
     try:
         if options.json_file is not None:
-            document = json.dumps(report.document(options, outcome), indent=1)
+            document = json.dumps(report.document(options, outcome), indent=1, allow_nan=False)
             options.json_file.write_text(document + "\n", encoding="utf-8")
         if options.plot is not None:
             plots.draw(outcome.runs, options.plot)
@@ -87,7 +87,8 @@ def _measure(options: BenchOptions) -> Outcome:
         try:
             return asyncio.run(experiment.run())
         except KeyboardInterrupt:
-            raise errors.Unavailable("interrupted before any request was counted") from None
+            Console(stderr=True).print("interrupted before any request was counted")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _line(slot: Slot) -> str:

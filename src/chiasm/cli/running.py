@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,19 @@ def _path() -> Path:
     return folder / "chiasm" / "up.json"
 
 
+def _write(path: Path, entry: str) -> None:
+    """Raises OSError where a folder on the way is a link or another user's: in a shared temporary
+    folder anybody may have made it first."""
+    for folder in (path.parent.parent, path.parent):
+        folder.mkdir(exist_ok=True, mode=0o700)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise PermissionError(f"{folder} is not ours")
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(entry)
+    partial.replace(path)
+
+
 @contextlib.contextmanager
 def published(orchestrator: str) -> Iterator[None]:
     """Names this process's orchestrator to `status` for the time of the block.
@@ -25,8 +39,7 @@ def published(orchestrator: str) -> Iterator[None]:
     """
     path, entry = _path(), json.dumps({"pid": os.getpid(), "orchestrator": orchestrator})
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.write_text(entry)
+        _write(path, entry)
     try:
         yield
     finally:
@@ -39,7 +52,7 @@ def find() -> str | None:
     """The orchestrator of the running system, if there is one."""
     path = _path()
     try:
-        if path.stat().st_uid != os.getuid():
+        if path.lstat().st_uid != os.getuid():
             return None  # planted by someone else in a shared temporary folder
         entry = json.loads(path.read_text())
         os.kill(entry["pid"], 0)

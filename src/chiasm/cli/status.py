@@ -46,7 +46,8 @@ def status(
         address = endpoint or running.find()
         if not address:
             raise errors.Unavailable("no running `chiasm up` found; name one with --endpoint")
-        credentials.use(port=None, peers=access.files())
+        # `up` speaks plain text, whatever the environment says of another system.
+        credentials.use(port=None, peers=access.files() if endpoint else None)
         try:
             asyncio.run(_status(address, as_json=as_json, watch=watch))
         except KeyboardInterrupt:

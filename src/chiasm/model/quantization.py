@@ -115,7 +115,8 @@ def _own(block: Section, num_layers: int) -> Quantization:
 
 def _baidu(block: Section, num_layers: int) -> Quantization:
     """FastDeploy's rule: up to the last WINT4 layer WINT4, from there on WINT2."""
-    block.require("quantization", _WINT2)
+    if block.values.get("quantization") != _WINT2:
+        raise block.error("quantization", "only Baidu's wint2 is read; convert from full width")
     experts = block.section("moe_quant_config")
     wint4, wint2 = (experts.section(f"moe_{w}_quant_config") for w in ("w4", "w2"))
     wint2.require("quant_type", _WINT2)

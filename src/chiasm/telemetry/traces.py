@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 
 from opentelemetry import context as otel_context
-from opentelemetry import propagate, trace
+from opentelemetry import trace
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.util.types import AttributeValue
@@ -31,8 +33,28 @@ CANCELLED = "chiasm.cancelled"
 MAX_MESSAGE_CHARS = 256
 """Of an error's message, this much is kept in a span's status."""
 
+PROPAGATORS = "OTEL_PROPAGATORS"
+
 tracer = trace.get_tracer("chiasm")
 log = logging.getLogger(__name__)
+
+
+def _drop_unknown_propagators() -> str:
+    """What is wrong with OTEL_PROPAGATORS; the variable is gone then.
+
+    opentelemetry.propagate reads it when it is imported, and fails for a name it does not find: not
+    even `--help` would be left. So it is looked at first, and that module imported late.
+    """
+    names = [name.strip() for name in os.environ.get(PROPAGATORS, "").split(",")]
+    known = entry_points(group="opentelemetry_propagator").names
+    unknown = [name for name in names if name and name != "none" and name not in known]
+    if not unknown:
+        return ""
+    del os.environ[PROPAGATORS]
+    return f"{PROPAGATORS} names what is not installed: {', '.join(unknown)}; the default is used"
+
+
+_WRONG_PROPAGATORS = _drop_unknown_propagators()
 
 
 def configure(service: str, *, instance_id: str) -> TracerProvider | None:
@@ -41,6 +63,8 @@ def configure(service: str, *, instance_id: str) -> TracerProvider | None:
     Whatever the environment says, the process goes on: what cannot be used is logged in one line
     and leaves tracing off. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the defaults.
     """
+    if _WRONG_PROPAGATORS:
+        log.error(_WRONG_PROPAGATORS)
     try:
         exporter = otlp.exporter()
         if exporter is None:
@@ -61,6 +85,8 @@ def configure(service: str, *, instance_id: str) -> TracerProvider | None:
 
 def inject(span: trace.Span | None = None) -> dict[str, str]:
     """The context, with `span` or the current one, as traceparent/tracestate; empty for none."""
+    from opentelemetry import propagate
+
     carrier: dict[str, str] = {}
     context = trace.set_span_in_context(span) if span is not None else None
     propagate.inject(carrier, context=context)
@@ -69,6 +95,8 @@ def inject(span: trace.Span | None = None) -> dict[str, str]:
 
 def extract(carrier: Mapping[str, str]) -> otel_context.Context:
     """The context that traceparent/tracestate in `carrier` stand for."""
+    from opentelemetry import propagate
+
     return propagate.extract(carrier)
 
 
@@ -122,6 +150,8 @@ def remote_child(
     name: str, carrier: Mapping[str, str], *, kind: trace.SpanKind
 ) -> Iterator[trace.Span]:
     """A span under the remote one in `carrier`; without one, nothing is recorded."""
+    from opentelemetry import propagate
+
     context = propagate.extract(carrier, context=otel_context.Context())
     if not trace.get_current_span(context).get_span_context().is_valid:
         yield trace.INVALID_SPAN

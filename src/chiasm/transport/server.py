@@ -134,6 +134,11 @@ def _listen(server: grpc.aio.Server, bind: str, files: TlsFiles | None, *, name:
     return int(port)
 
 
+def address_of(host: str, port: int) -> str:
+    """host:port; an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
 def bind_host(bind: str) -> str:
     """The host of host:port, an IPv6 one without its brackets."""
     return bind.rpartition(":")[0].strip("[]")

@@ -35,7 +35,7 @@ from chiasm.membership import MemberInfo, MemberState, Role, Topology
 from chiasm.telemetry import logs, metrics, traces
 from chiasm.transport.interceptors import Interceptor
 from chiasm.transport.membership import Member, TopologyWatcher
-from chiasm.transport.server import Server, announce, bind_host
+from chiasm.transport.server import Server, address_of, announce, bind_host
 
 FLUSH_TIMEOUT_S = 2.0
 """How long spans may take to reach a collector at exit."""
@@ -190,9 +190,11 @@ async def _run(
         member.load = service.report_load
         service.register(server.grpc)
         port = await server.start(settings.bind, health_port=settings.health_port)
-        metrics_port = metrics.serve(bind_host(settings.bind), settings.metrics_port, role)
-        address = f"{settings.advertise_host}:{port}"
-        member.update(address=address, metrics_address=f"{settings.advertise_host}:{metrics_port}")
+        metrics_host = settings.metrics_host or bind_host(settings.bind)
+        metrics_port = metrics.serve(metrics_host, settings.metrics_port, role)
+        address = address_of(settings.advertise_host, port)
+        metrics_address = address_of(settings.advertise_host, metrics_port)
+        member.update(address=address, metrics_address=metrics_address)
     except Exception as error:
         _log_failure("start_failed", error)
         return 1
