@@ -53,7 +53,7 @@ def test_other_quantisations_are_refused(
     values = json.loads((tiny_checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": block}))
     shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
-    with pytest.raises(InvalidArgument, match="quantization_config.*only Baidu's wint2"):
+    with pytest.raises(InvalidArgument, match=r"quantization_config.*only Baidu's wint2"):
         ModelConfig.load(tmp_path)
 
 

@@ -95,7 +95,7 @@ def processor(directory: Path) -> Any:
     if (directory / "processor_config.json").is_file():
         return Ernie4_5_VLMoeProcessor.from_pretrained(directory)
     flat = json.loads((directory / "preprocessor_config.json").read_text())
-    size = {"shortest_edge": flat["min_pixels"], "longest_edge": flat["max_pixels"]}
+    size = flat["size"]
     video = json.loads((directory / "video_preprocessor_config.json").read_text())
     return Ernie4_5_VLMoeProcessor(
         image_processor=Ernie4_5_VLMoeImageProcessor(size=size),

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers.models.ernie4_5_vl_moe.image_processing_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeImageProcessor,
+)
 
 from chiasm.errors import InvalidArgument
 from chiasm.model.config import ModelConfig
@@ -20,6 +23,7 @@ from chiasm.model.geometry import image_grid, num_tokens, smart_resize
 from chiasm.model.images import preprocess_image
 from chiasm.model.probe import probe_image
 from chiasm.model.processing import ProcessingConfig
+from chiasm.types import Grid
 
 SIZES = [
     *((640, 480), (56, 56), (28, 28), (61, 60), (130, 90), (777, 113), (113, 777)),
@@ -174,13 +178,15 @@ def test_smart_resize_keeps_the_original_guards(height, width, expected, process
     assert smart_resize(height, width, factor=28, pixels=processing.image) == expected
 
 
-def test_both_spellings_of_the_limits_are_honoured(tmp_path: Path, config: ModelConfig):
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"min_pixels": 5000, "max_pixels": 4816896, "image_mean": [0.5, 0.5, 0.5]})
-    )
+def test_the_limits_are_those_that_transformers_goes_by(tmp_path: Path, config: ModelConfig):
+    """The published file has min_pixels and max_pixels, which nobody reads."""
+    hub_file = {"min_pixels": 5000, "max_pixels": 4816896, "image_mean": [0.5, 0.5, 0.5]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(hub_file))
     hub = ProcessingConfig.load(tmp_path, config)
-    assert (hub.image.min_pixels, hub.image.max_pixels) == (5000, 4816896)
     assert hub.image.mean == (0.5, 0.5, 0.5)
+    size = Ernie4_5_VLMoeImageProcessor(**hub_file).size
+    assert (hub.image.min_pixels, hub.image.max_pixels) == (size.shortest_edge, size.longest_edge)
+    assert image_grid(4000, 3000, hub) == Grid(1, 136, 180)  # what it makes of such a picture
     assert (hub.video.pixels.min_pixels, hub.video.pixels.max_pixels) == (299 * 784, 1196 * 784)
     (tmp_path / "processor_config.json").write_text(
         json.dumps({"image_processor": {"size": {"shortest_edge": 4000, "longest_edge": 90000}}})
@@ -208,8 +214,8 @@ def test_defaults_without_files(tmp_path: Path, config: ModelConfig):
         ("patch_size", 16),
         ("image_mean", [0.5]),
         ("image_std", [1.0, 0.0, 1.0]),
-        ("max_pixels", "many"),
-        ("max_pixels", 100),
+        ("size", {"longest_edge": "many"}),
+        ("size", {"longest_edge": 100}),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(key, value, tmp_path, config):

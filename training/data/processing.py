@@ -21,12 +21,14 @@ IMAGES: dict[str, Any] = {
     "do_resize": True,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "max_pixels": _MAX_IMAGE_TOKENS * _TOKEN_PIXELS,
     "merge_size": 2,
-    "min_pixels": _MIN_TOKENS * _TOKEN_PIXELS,
     "patch_size": 14,
     "resample": 3,
     "rescale_factor": 1 / 255,
+    "size": {
+        "longest_edge": _MAX_IMAGE_TOKENS * _TOKEN_PIXELS,
+        "shortest_edge": _MIN_TOKENS * _TOKEN_PIXELS,
+    },
     "temporal_conv_size": 2,
 }
 VIDEOS: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 Read are `processor_config.json`, as transformers 5 saves it (one object per processor),
 `video_preprocessor_config.json` and `preprocessor_config.json`, the last also in the hub's own flat
-shape (`min_pixels`, `video_fps`, ...). What no file states is the published default.
+shape (`video_fps`, `video_min_pixels`, ...). What no file states is the published default.
 """
 
 from __future__ import annotations
@@ -103,12 +103,14 @@ def _check(section: Section, config: ModelConfig) -> None:
 def _pixels(
     section: Section, hub: Section, kind: str, min_tokens: int, max_tokens: int
 ) -> PixelSettings:
+    # As transformers does it, whatever `min_pixels` and `max_pixels` beside it say: the published
+    # preprocessor_config.json has some, and the original processor passes them over as well.
     size = section.section("size")
     low = hub.integer(f"{kind}_min_pixels", min_tokens * _TOKEN_PIXELS)
     high = hub.integer(f"{kind}_max_pixels", max_tokens * _TOKEN_PIXELS)
     settings = PixelSettings(
-        min_pixels=size.integer("shortest_edge", section.integer("min_pixels", low)),
-        max_pixels=size.integer("longest_edge", section.integer("max_pixels", high)),
+        min_pixels=size.integer("shortest_edge", low),
+        max_pixels=size.integer("longest_edge", high),
         rescale_factor=section.number("rescale_factor", 1 / 255),
         mean=_channels(section, "image_mean", _CLIP_MEAN),
         std=_channels(section, "image_std", _CLIP_STD),

@@ -179,12 +179,11 @@ def _preprocessor_config(dimensions: Dimensions) -> dict[str, Any]:
         "do_resize": True,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "max_pixels": dimensions.max_pixels,
         "merge_size": 2,
-        "min_pixels": 56 * 56,
         "patch_size": 14,
         "resample": 3,
         "rescale_factor": 1 / 255,
+        "size": {"longest_edge": dimensions.max_pixels, "shortest_edge": 56 * 56},
         "temporal_conv_size": 2,
     }
 
