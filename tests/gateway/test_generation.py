@@ -297,8 +297,9 @@ async def test_client_that_does_not_read_and_leaves(
 
     async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
         nonlocal num_sent
+        chunk = tensor_pb2.TensorChunk(rows=tensor_pb2.Tensor(data=bytes(1 << 18)))
         for num_sent in range(1, 10_000):  # noqa: B007 - counts what flow control lets through
-            yield tokens_event(*[5] * 5000)
+            yield decoder_pb2.DecodeEvent(prompt_logits=chunk)
 
     decoder.scripts.append(script)
     events = client.generate("x", request_id="slow")

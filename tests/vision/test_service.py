@@ -176,7 +176,7 @@ def test_embeddings_equal_the_model_in_process(
     process: Process, model: VisionModel, data: bytes, kind: MediaKind
 ) -> None:
     result = process.encode(upload(data, kind))
-    patches = model.preprocess(io.BytesIO(data), kind)
+    patches = model.preprocess(io.BytesIO(data), kind, lambda: None)
     assert (result.grid.t, result.grid.h, result.grid.w) == patches.grid
     assert patches.grid == model.plan(io.BytesIO(data), kind)
     assert (result.digest, result.cached) == (digest_of(data, kind), False)
@@ -191,7 +191,7 @@ def test_embeddings_equal_the_model_in_process(
 
 def test_long_videos_take_several_passes(checkpoint: Path, model: VisionModel) -> None:
     settings = EncoderSettings(model=checkpoint, dtype="float32", max_batch_patches=1)
-    patches = model.preprocess(io.BytesIO(mp4(5, 12)), MediaKind.VIDEO)
+    patches = model.preprocess(io.BytesIO(mp4(5, 12)), MediaKind.VIDEO, lambda: None)
     assert patches.grid.t == 6
     in_passes = VisionModel.load(settings).embed(patches)
     torch.testing.assert_close(in_passes, model.embed(patches), rtol=0, atol=MAX_ERROR)
@@ -278,7 +278,7 @@ def test_bfloat16_embeddings_travel_as_bfloat16(
         embeddings, _ = process.fetch(process.encode(upload(data)).digest)
     finally:
         code = process.stop()
-    expected = model.embed(model.preprocess(io.BytesIO(data), MediaKind.IMAGE))
+    expected = model.embed(model.preprocess(io.BytesIO(data), MediaKind.IMAGE, lambda: None))
     assert code == 0
     assert embeddings.dtype == torch.bfloat16
     assert (embeddings.float() - expected).abs().mean() < 0.02
