@@ -148,7 +148,7 @@ def test_encrypted_ports_are_probed_in_plain_text_beside_them() -> None:
         container(tls, component)["readinessProbe"]["grpc"]["port"] == 9091
         for component in workloads(tls)
     )
-    gateway_only = rendered('tls.gateway.existingSecret="web"')
+    gateway_only = rendered('tls.gateway.existingSecret="web"', 'tests.tlsName="web"')
     probed = {
         component: container(gateway_only, component)["readinessProbe"]["grpc"]["port"]
         for component in workloads(gateway_only)
