@@ -21,11 +21,11 @@ from chiasm.orchestrator.relay import Relay
 from chiasm.orchestrator.scaling import Scaling
 from chiasm.orchestrator.servicer import OrchestratorServicer
 from chiasm.orchestrator.types import Backend
-from chiasm.telemetry import logs, metrics, traces
+from chiasm.telemetry import logs, traces
 from chiasm.transport.membership import REPORTS_PER_LEASE
 from chiasm.transport.messages import CONTROL_BYTES
-from chiasm.transport.server import Server, address_of, announce, bind_host
-from chiasm.transport.service import flush
+from chiasm.transport.server import Server, address_of, announce
+from chiasm.transport.service import flush, serve_metrics
 from chiasm.v1 import control_pb2, control_pb2_grpc, externalscaler_pb2, externalscaler_pb2_grpc
 
 _SERVICE = control_pb2.DESCRIPTOR.services_by_name["Orchestrator"].full_name
@@ -108,8 +108,7 @@ async def _serve(settings: OrchestratorSettings, instance_id: str) -> int:
     """Serves until SIGTERM, SIGINT, or the loss of the lease; returns the exit code."""
     parts = _Parts.build(settings, instance_id)
     port = await parts.server.start(settings.bind, health_port=settings.health_port)
-    metrics_host = settings.metrics_host or bind_host(settings.bind)
-    metrics_port = metrics.serve(metrics_host, settings.metrics_port, "orchestrator")
+    metrics_port = serve_metrics(settings, "orchestrator")
     address = address_of(settings.advertise_host, port)
     announce(address)
     log.info("listening", port=port, metrics_port=metrics_port, instance_id=instance_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -161,6 +162,15 @@ async def test_a_retired_server_hands_over_is_drained_and_then_stopped() -> None
     assert system.wanted[TEXT] == 1, "the minimum"
 
 
+async def under_load(system: World, count: int) -> AsyncIterator[None]:
+    """Steps in which every process computes nearly all the time."""
+    for number in range(1, count + 1):
+        for process in system.processes.values():
+            process.load = ExpertLoad(dispatches_total=1, compute_s_total=1.9 * number)
+        await system.step()
+        yield
+
+
 async def drained_one(system: World) -> Process:
     """Runs an idle pool until it has drained one of its servers."""
     for _ in range(40):
@@ -194,12 +204,7 @@ async def test_a_drained_server_that_was_forgotten_takes_work_again() -> None:
     drained = await drained_one(system)
     system.is_stuck = False
     system.start_orchestrator()
-    total = 0.0
-    for _ in range(80):
-        total += 1.9
-        for process in system.processes.values():
-            process.load = ExpertLoad(dispatches_total=1, compute_s_total=total)
-        await system.step()
+    async for _ in under_load(system, 80):
         assert system.is_covered
     assert not drained.is_draining
     assert drained.held.shards
@@ -251,12 +256,8 @@ async def test_a_retirement_is_called_off_when_the_load_is_back() -> None:
         await system.step()
         if any(len(p.told) == NUM_SHARDS for p in system.processes.values()):
             break  # one begins to take over from the other
-    total = 0.0
-    for _ in range(6):
-        total += 1.9
-        for process in system.processes.values():
-            process.load = ExpertLoad(dispatches_total=1, compute_s_total=total)
-        await system.step()
+    async for _ in under_load(system, 6):
+        pass
     assert not any(p.is_draining for p in system.processes.values())
     assert system.wanted[TEXT] >= 2
     assert all(shards for shards in system.shards().values())

@@ -235,12 +235,12 @@ def _expert_file(bank: Bank) -> ExpertFile:
 def _dense_files(config: ModelConfig, quantization: Quantization) -> Iterator[DenseFile]:
     if quantization.dense == STORED:
         return
-    for layer, names in dense_weights.by_layer(config.text).items():
+    for layer, shapes in dense_weights.by_layer(config.text).items():
         yield DenseFile(
             name=dense_weights.file_name(layer),
             layer=layer,
-            matrices=tuple(names),
-            layout=dense_weights.layout(config.text, names),
+            matrices=tuple(shapes),
+            layout=dense_weights.layout(shapes),
         )
 
 

@@ -11,7 +11,7 @@ FIELDS tells dtypes and shapes. What they mean is said by kernels/quant/formats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,13 +150,29 @@ def _packed(checkpoint: Checkpoint, bank: Bank, experts: range, projection: str)
         return _wint2(checkpoint, bank, experts, projection)
     n, k = bank.shape(projection)
     check_width(precision, k, projection)
+    prefixes = [f"{bank.prefix(expert)}{projection}." for expert in experts]
+    stacks = read_stacks(checkpoint, precision, (n, k), prefixes, bank.device)
+    return _matrices(checkpoint, bank, stacks)
+
+
+def read_stacks(
+    checkpoint: Checkpoint,
+    precision: str,
+    shape: tuple[int, int],
+    prefixes: Sequence[str],
+    device: str | torch.device,
+) -> dict[str, torch.Tensor]:
+    """The tensors of matrices of one shape [N, K] by field, one matrix after the other.
+
+    prefixes: what their names begin with. Raises what Checkpoint.read_into raises.
+    """
     stacks = {}
     for name, field in FIELDS[precision].items():
-        stack = torch.empty((len(experts), *field.shape(n, k)), dtype=field.dtype)
-        for i, expert in enumerate(experts):
-            checkpoint.read_into(f"{bank.prefix(expert)}{projection}.{name}", stack[i])
-        stacks[name] = stack.to(bank.device)
-    return _matrices(checkpoint, bank, stacks)
+        stack = torch.empty((len(prefixes), *field.shape(*shape)), dtype=field.dtype)
+        for i, prefix in enumerate(prefixes):
+            checkpoint.read_into(prefix + name, stack[i])
+        stacks[name] = stack.to(device)
+    return stacks
 
 
 def _matrices(

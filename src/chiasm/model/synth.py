@@ -25,7 +25,6 @@ from chiasm.model.quantization import STORED, WRITTEN, WRITTEN_DENSE, Quantizati
 from chiasm.model.shapes import Shape
 from chiasm.model.stream import SafetensorsStream
 from chiasm.model.synth_experts import uniform, write_experts
-from chiasm.model.text import matrices
 from chiasm.model.writer import (
     DTYPES,
     FP32_SUFFIXES,
@@ -160,13 +159,12 @@ def _write_dense(
     directory: Path, config: ModelConfig, drawn: Callable[[str, Shape], torch.Tensor]
 ) -> dict[str, str]:
     """Writes the language model's matrices in int8; returns the file of each tensor."""
-    shapes = matrices(config.text)
     weight_map: dict[str, str] = {}
-    for layer, names in dense_weights.by_layer(config.text).items():
-        file, layout = dense_weights.file_name(layer), dense_weights.layout(config.text, names)
+    for layer, shapes in dense_weights.by_layer(config.text).items():
+        file, layout = dense_weights.file_name(layer), dense_weights.layout(shapes)
         with SafetensorsStream(directory / file, layout) as stream:
-            for name in names:
-                coded = int8.encode(drawn(f"{name}.weight", shapes[name])[None])
+            for name, shape in shapes.items():
+                coded = int8.encode(drawn(f"{name}.weight", shape)[None])
                 stream.add(f"{name}.codes", coded.codes[0])
                 stream.add(f"{name}.scale", coded.scale[0])
         weight_map |= dict.fromkeys(layout, file)

@@ -45,7 +45,9 @@ def _drop_unknown_propagators() -> str:
     opentelemetry.propagate reads it when it is imported, and fails for a name it does not find: not
     even `--help` would be left. So it is looked at first, and that module imported late.
     """
-    names = [name.strip() for name in os.environ.get(PROPAGATORS, "").split(",")]
+    if PROPAGATORS not in os.environ:
+        return ""
+    names = [name.strip() for name in os.environ[PROPAGATORS].split(",")]
     known = entry_points(group="opentelemetry_propagator").names
     unknown = [name for name in names if name and name != "none" and name not in known]
     if not unknown:

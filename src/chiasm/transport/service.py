@@ -29,7 +29,7 @@ import structlog
 from opentelemetry.sdk.trace import TracerProvider
 
 from chiasm import errors
-from chiasm.config import ServiceSettings
+from chiasm.config import ProcessSettings, ServiceSettings
 from chiasm.load import Load
 from chiasm.membership import MemberInfo, MemberState, Role, Topology
 from chiasm.telemetry import logs, metrics, traces
@@ -190,8 +190,7 @@ async def _run(
         member.load = service.report_load
         service.register(server.grpc)
         port = await server.start(settings.bind, health_port=settings.health_port)
-        metrics_host = settings.metrics_host or bind_host(settings.bind)
-        metrics_port = metrics.serve(metrics_host, settings.metrics_port, role)
+        metrics_port = serve_metrics(settings, role)
         address = address_of(settings.advertise_host, port)
         metrics_address = address_of(settings.advertise_host, metrics_port)
         member.update(address=address, metrics_address=metrics_address)
@@ -239,6 +238,12 @@ def serve(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def serve_metrics(settings: ProcessSettings, service: str) -> int:
+    """Starts a process's /metrics where its settings say; returns the port."""
+    host = settings.metrics_host or bind_host(settings.bind)
+    return metrics.serve(host, settings.metrics_port, service)
 
 
 def flush(provider: TracerProvider | None) -> None:
