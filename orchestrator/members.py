@@ -13,6 +13,10 @@ from chiasm.orchestrator.types import LoadReport
 TICKS_PER_LEASE = 10
 """How often in a lease `expire` should be called."""
 
+RETURN_S = 3.0
+"""How long a member may take to come back when whoever passed its stream on has gone: a failed
+attempt and a pause of `transport.membership`."""
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -73,6 +77,13 @@ class Membership:
         if entry is not None and entry.session == session:
             del self._entries[member_id]
             self._publish()
+
+    def detach(self, member_id: str, *, session: int, now: float) -> None:
+        """Lets a member go RETURN_S from now, sooner with its lease, unless a newer session comes:
+        its stream broke, and the member may be well."""
+        entry = self._entries.get(member_id)
+        if entry is not None and entry.session == session:
+            entry.deadline = min(entry.deadline, now + RETURN_S)
 
     def expire(self, now: float) -> tuple[MemberInfo, ...]:
         """Removes members whose lease has run out and ends settling; returns those removed.

@@ -16,6 +16,7 @@ from chiasm import errors
 from chiasm.membership import MemberState, Role, Topology
 from chiasm.orchestrator.launcher import Launcher
 from chiasm.orchestrator.members import TICKS_PER_LEASE, Membership
+from chiasm.orchestrator.relay import RELAYED_KEY
 from chiasm.telemetry import metrics
 from chiasm.transport import loads
 from chiasm.transport.topology import member_from_proto, topology_to_proto
@@ -71,7 +72,7 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
         self, request_iterator: AsyncIterator[control_pb2.MemberReport], context: Any
     ) -> AsyncIterator[control_pb2.Assignment]:
         """Keeps a member for as long as its stream and its reports go on."""
-        session, member_id = next(self._sessions), ""
+        session, member_id, has_left = next(self._sessions), "", False
         assignment = control_pb2.Assignment(lease_ms=round(self._lease_s * 1000))
         with self._joins.take():
             try:
@@ -82,6 +83,7 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
                     self._membership.report(
                         member, session=session, now=time.monotonic(), load=loads.detach(report)
                     )
+                    has_left = member.state is MemberState.DRAINING
                     if not member_id:
                         log.info("member_joined", member=member.member_id, address=member.address)
                         member_id = member.member_id
@@ -90,9 +92,17 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
             finally:
                 # At the end of our own life all streams end, and nobody has left for it.
                 if member_id and not self._is_closing:
-                    log.info("member_left", member=member_id)
-                    self._membership.end(member_id, session=session)
-                    self._notify()
+                    self._end(member_id, session, is_certain=has_left or not _is_relayed(context))
+
+    def _end(self, member_id: str, session: int, *, is_certain: bool) -> None:
+        """Takes a member out whose stream has ended. One that a follower passed on may have ended
+        with the follower: its member has time to come back."""
+        log.info("member_left", member=member_id, is_certain=is_certain)
+        if is_certain:
+            self._membership.end(member_id, session=session)
+        else:
+            self._membership.detach(member_id, session=session, now=time.monotonic())
+        self._notify()
 
     async def WatchTopology(
         self, request: control_pb2.WatchTopologyRequest, context: Any
@@ -147,6 +157,10 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
         _export(self._told)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _is_relayed(context: Any) -> bool:
+    return any(key == RELAYED_KEY for key, _ in context.invocation_metadata() or ())
 
 
 def _export(topology: Topology) -> None:

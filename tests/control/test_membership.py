@@ -8,7 +8,7 @@ import pytest
 
 from chiasm import errors
 from chiasm.membership import MemberInfo, MemberState, Role, ShardSet, Topology
-from chiasm.orchestrator.members import TICKS_PER_LEASE, Membership
+from chiasm.orchestrator.members import RETURN_S, TICKS_PER_LEASE, Membership
 from chiasm.transport import topology as wire
 from chiasm.types import Modality
 from chiasm.v1 import control_pb2
@@ -79,6 +79,24 @@ class TestLeases:
 
 
 class TestSessions:
+    def test_a_detached_member_has_time_to_come_back(self) -> None:
+        members = table()
+        for index, name in enumerate(("back", "gone", "newer")):
+            members.report(member(name), session=index, now=0.0)
+        members.report(member("newer"), session=7, now=0.5)
+        for index, name in enumerate(("back", "gone", "newer")):
+            members.detach(name, session=index, now=1.0)
+        assert tick(members, 0.0, 0.9 + RETURN_S) == []
+        members.report(member("back"), session=8, now=0.9 + RETURN_S)
+        assert tick(members, 0.9 + RETURN_S, 1.0 + RETURN_S) == ["gone"]
+        assert ids(members.topology) == ["back", "newer"]
+
+    def test_a_detached_member_has_no_more_than_its_lease(self) -> None:
+        members = table()
+        members.report(member("a"), session=1, now=0.0)
+        members.detach("a", session=1, now=5.0)
+        assert tick(members, 0.0, 6.0) == ["a"]
+
     def test_end_of_the_stream_removes_at_once(self) -> None:
         members = table()
         members.report(member("a"), session=1, now=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from chiasm import errors
 from chiasm.membership import MemberInfo, Role
-from chiasm.orchestrator.members import Membership
+from chiasm.orchestrator.members import RETURN_S, Membership
 from chiasm.orchestrator.relay import Relay
 from chiasm.orchestrator.servicer import OrchestratorServicer
 from chiasm.transport import status
@@ -24,7 +25,7 @@ from chiasm.transport.topology import member_to_proto
 from chiasm.v1 import control_pb2, control_pb2_grpc
 
 WAIT_S = 20.0
-LEASE_S = 60.0
+LEASE_S = 10.0
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Orchestrator:
     leads: bool = False
     server: Server = field(init=False)
     relay: Relay = field(init=False)
+    membership: Membership = field(init=False)
+    leases: asyncio.Task[None] = field(init=False)
 
     async def start(self) -> None:
         self.relay = Relay(leads=lambda: self.leads, leader=lambda: self.leader)
@@ -45,15 +48,25 @@ class Orchestrator:
             max_message_bytes=CONTROL_BYTES,
             interceptors=[self.relay],
         )
-        membership = Membership(instance_id=self.name, lease_s=LEASE_S, max_members=10, now=0.0)
+        self.membership = Membership(
+            instance_id=self.name, lease_s=LEASE_S, max_members=10, now=time.monotonic()
+        )
         servicer = OrchestratorServicer(
-            membership, lease_s=LEASE_S, max_members=10, max_watchers=10
+            self.membership, lease_s=LEASE_S, max_members=10, max_watchers=10
         )
         control_pb2_grpc.add_OrchestratorServicer_to_server(servicer, self.server.grpc)
         self.address = f"127.0.0.1:{await self.server.start('127.0.0.1:0')}"
         await self.server.set_serving(True)
+        self.leases = asyncio.create_task(servicer.run_leases())
+
+    async def has(self, *members: str) -> None:
+        """Returns once it knows just these."""
+        async with asyncio.timeout(WAIT_S):
+            while {m.member_id for m in self.membership.topology.members} != {*members}:
+                await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
+        self.leases.cancel()
         await self.relay.close()
         await self.server.grpc.stop(0)
 
@@ -72,7 +85,8 @@ async def start() -> AsyncIterator[Start]:
 
     yield begin
     for orchestrator in running:
-        await orchestrator.stop()
+        if not orchestrator.leases.cancelled():
+            await orchestrator.stop()
 
 
 def info(name: str) -> MemberInfo:
@@ -168,23 +182,31 @@ async def test_members_move_to_the_next_leader(start: Start) -> None:
         await seen(watcher, {"m"}, "third")
 
 
+async def test_members_outlive_the_follower_that_passes_them_on(start: Start) -> None:
+    leader = await start("first", leads=True)
+    follower = await start("second", leader=leader.address)
+    async with contextlib.AsyncExitStack() as stack:
+        for name, orchestrator in (("direct", leader), ("relayed", follower)):
+            member = Member(orchestrator.address, info(name))
+            member.start()
+            stack.push_async_callback(member.close)
+        leaving = Member(follower.address, info("leaving"))
+        leaving.start()
+        await leader.has("direct", "relayed", "leaving")
+        await leaving.leave()
+        await leader.has("direct", "relayed")
+        await leaving.close()
+        await follower.stop()
+        await asyncio.sleep(RETURN_S / 3)
+        await leader.has("direct", "relayed")
+        await leader.has("direct")  # as the follower does not come back
+
+
 async def test_the_end_of_a_caller_reaches_the_leader(start: Start) -> None:
     leader = await start("first", leads=True)
     follower = await start("second", leader=leader.address)
-    watcher = TopologyWatcher(leader.address)
-    watcher.start()
     member = Member(follower.address, info("m"))
     member.start()
-    await seen(watcher, {"m"}, "first")
+    await leader.has("m")
     await member.close()
-    async with asyncio.timeout(WAIT_S):
-        while True:  # settling: a watcher that knows the member would keep it
-            fresh = TopologyWatcher(follower.address)
-            fresh.start()
-            topology = await fresh.wait_for(
-                lambda t: bool(t.instance_id), timeout_s=WAIT_S, what="a topology"
-            )
-            await fresh.close()
-            if not topology.members:
-                break
-    await watcher.close()
+    await leader.has()

@@ -97,7 +97,9 @@ def test_live_and_ready_end_where_work_does_not_get_on(spawn: Spawn, tmp_path: P
 
 
 def test_a_stalled_process_still_ends_at_sigterm(spawn: Spawn, tmp_path: Path) -> None:
-    child = spawn("fake_service", "--stall-s", "0.2", "--stuck-until", str(tmp_path / "never"))
+    """What its drain waits for would never come."""
+    never = str(tmp_path / "never")
+    child = spawn("fake_service", "--stall-s", "0.2", "--drain-s", "600", "--stuck-until", never)
     at = address(child)
     wait_until(lambda: not is_serving(at, LIVE), "stalled")
     assert child.end(WAIT_S)

@@ -104,7 +104,8 @@ class Server:
     async def run_until_stopped(
         self, *, grace_s: float, on_drain: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Waits for SIGTERM or SIGINT; then NOT_SERVING, drain and stop, all within `grace_s`."""
+        """Waits for SIGTERM or SIGINT; then NOT_SERVING, drain and stop, all within `grace_s`; at
+        once where the process does not get on: its callers go elsewhere when their calls break."""
         await self.stopping.wait()
         log.info("draining", grace_s=grace_s)
         end = time.monotonic() + grace_s
@@ -114,7 +115,7 @@ class Server:
                 await asyncio.wait_for(on_drain(), grace_s)
             except TimeoutError:
                 log.warning("drain_incomplete")
-        await self.grpc.stop(max(0.0, end - time.monotonic()))
+        await self.grpc.stop(max(0.0, end - time.monotonic()) if self.live else 0.0)
         if self._probes is not None:
             await self._probes.stop(0)
         log.info("stopped")

@@ -67,7 +67,8 @@ class Service:
         and after `ServiceProcess.recheck`. It should hold back only for what no request can do
         without: while it is false the process is NOT_SERVING and a LOADING member.
     is_alive: whether it gets on with the work it has. While it does not, the process is neither
-        live nor ready. It should be generous: a supervisor restarts what is not live.
+        live nor ready, and does not drain. It should be generous: a supervisor restarts what is not
+        live.
     hand_over: has others take its place while it still takes work; called before `drain`, where the
         member is READY.
     drain: refuses new work and waits for the work in flight; cut off after `grace_s`.
@@ -157,6 +158,9 @@ class ServiceProcess:
             await asyncio.sleep(LIVENESS_PERIOD_S)
 
     async def _drain(self, service: Service) -> None:
+        if not self.server.live:  # what it would wait for does not get on
+            await self.member.leave()
+            return
         if self.member.report.is_ready:
             await service.hand_over()
         self.member.update(state=MemberState.DRAINING)
