@@ -39,6 +39,7 @@ class Orchestrator:
     server: Server = field(init=False)
     relay: Relay = field(init=False)
     membership: Membership = field(init=False)
+    servicer: OrchestratorServicer = field(init=False)
     leases: asyncio.Task[None] = field(init=False)
 
     async def start(self) -> None:
@@ -51,19 +52,19 @@ class Orchestrator:
         self.membership = Membership(
             instance_id=self.name, lease_s=LEASE_S, max_members=10, now=time.monotonic()
         )
-        servicer = OrchestratorServicer(
+        self.servicer = OrchestratorServicer(
             self.membership, lease_s=LEASE_S, max_members=10, max_watchers=10
         )
-        control_pb2_grpc.add_OrchestratorServicer_to_server(servicer, self.server.grpc)
+        control_pb2_grpc.add_OrchestratorServicer_to_server(self.servicer, self.server.grpc)
         self.address = f"127.0.0.1:{await self.server.start('127.0.0.1:0')}"
         await self.server.set_serving(True)
-        self.leases = asyncio.create_task(servicer.run_leases())
+        self.leases = asyncio.create_task(self.servicer.run_leases())
 
     async def has(self, *members: str) -> None:
         """Returns once it knows just these."""
         async with asyncio.timeout(WAIT_S):
             while {m.member_id for m in self.membership.topology.members} != {*members}:
-                await asyncio.sleep(0.02)
+                await self.servicer.changed(self.membership.topology)
 
     async def stop(self) -> None:
         self.leases.cancel()

@@ -43,6 +43,8 @@ def test_both_ends_of_every_hop_allow_it_and_nothing_else() -> None:
     assert ("gateway", "text-experts") not in outgoing
     assert ("text-experts", "decoder") not in outgoing
     assert {called for caller, called in outgoing if caller == "encoder"} == {"orchestrator"}
+    ordered = {called for caller, called in outgoing if caller == "orchestrator"}
+    assert ordered == {"orchestrator", "text-experts", "vision-experts"}
 
 
 def test_everything_else_is_denied() -> None:

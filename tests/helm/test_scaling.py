@@ -135,11 +135,20 @@ def test_a_fallback_is_there_for_who_wants_one() -> None:
     assert spec["fallback"] == {"failureThreshold": 3, "replicas": 3}
 
 
+@pytest.mark.parametrize("example", ["builtin", "keda"])
+def test_examples_that_go_to_zero_let_requests_wait_for_a_pod(example: str) -> None:
+    found = rendered(values=EXAMPLE[example])
+    for component in ("gateway", "decoder"):
+        variables = environment(container(found, component))
+        assert float(variables["CHIASM_PARK_TIMEOUT_S"]) >= 120
+
+
 def test_disruption_budgets() -> None:
     found = rendered()
     for component in workloads(found):
         budget = found[f"PodDisruptionBudget/{NAME}-{component}"]
         assert budget["spec"]["maxUnavailable"] == 1
+        assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
     off = rendered("decoder.pdb.enabled=false", 'encoder.pdb={"minAvailable":"50%"}')
     assert f"PodDisruptionBudget/{NAME}-decoder" not in off
     assert off[f"PodDisruptionBudget/{NAME}-encoder"]["spec"]["minAvailable"] == "50%"

@@ -28,6 +28,8 @@ SOURCES = ["src/chiasm", *LINKED]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
+EVENT = re.compile(r"[a-z_]{3,}")
+LOGS = re.compile(r"log\.\w+|self\._log|_log_failure")
 REASON = re.compile(r"[A-Z][A-Z0-9_]{2,}")
 EXAMPLE_TOLERANCE = 1e-6
 """The numbers of the worked example are printed with seven digits."""
@@ -101,6 +103,26 @@ def test_every_reason_is_documented_once() -> None:
     assert set(documented) - set(raised) == set(), "in docs/errors.md, but nobody gives them"
     missing = {reason: files for reason, files in raised.items() if reason not in documented}
     assert not missing, "not in docs/errors.md"
+
+
+def events_of(tree: ast.Module) -> Iterator[str]:
+    """What a file logs."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and LOGS.fullmatch(ast.unparse(node.func)):
+            for part in (part for value in node.args for part in ast.walk(value)):
+                if isinstance(part, ast.Constant) and EVENT.fullmatch(str(part.value)):
+                    yield str(part.value)
+
+
+def test_every_event_is_documented() -> None:
+    services = [tree for name, tree in trees().items() if not name.startswith("training/")]
+    logged = {event for tree in services for event in events_of(tree)}
+    assert {"listening", "stalled", "request_finished", "load_failed"} <= logged
+    section = read("docs/operations.md").partition("## Logs")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    documented = {event for row in rows for event in re.findall(r"`(\w+)`", row)}
+    assert documented - logged == set(), "in docs/operations.md, but nobody says it"
+    assert logged - documented == set(), "not in docs/operations.md"
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
