@@ -41,6 +41,7 @@ def build(settings: GatewaySettings, process: service.ServiceProcess) -> service
         # Text is answered even while the vision side is away; nothing is without a decoder.
         is_ready=lambda topology: bool(topology.decoders()),
         drain=servicer.drain,
+        moves_callers=True,
         close=channels.close,
         watch_topology=True,
         report_load=lambda: servicer.engine.load() if servicer.engine else None,

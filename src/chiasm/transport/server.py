@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import grpc
 import structlog
@@ -26,6 +27,27 @@ LOADED = "chiasm.loaded"
 """Health's name for: everything is loaded, whether or not what the service depends on is there."""
 
 log = structlog.get_logger()
+
+
+class _Health(health_aio.HealthServicer):  # type: ignore[misc] # untyped there
+    """Health whose watches end with the process, which would wait for them as for any call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = asyncio.Event()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        ended = asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            ended.cancel()
+
+    def end(self) -> None:
+        """Ends all watches."""
+        self._ended.set()
 
 
 class Server:
@@ -49,7 +71,7 @@ class Server:
             options=[*channel.options(max_message_bytes), ("grpc.so_reuseport", 0)],
         )
         self._probes: grpc.aio.Server | None = None
-        self._health = health_aio.HealthServicer()
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self.grpc)
@@ -102,20 +124,31 @@ class Server:
         await self._health.set(name, health_pb2.HealthCheckResponse.ServingStatus.Value(state))
 
     async def run_until_stopped(
-        self, *, grace_s: float, on_drain: Callable[[], Awaitable[None]] | None = None
+        self,
+        *,
+        grace_s: float,
+        on_drain: Callable[[], Awaitable[None]] | None = None,
+        moves_callers: bool = False,
     ) -> None:
         """Waits for SIGTERM or SIGINT; then NOT_SERVING, drain and stop, all within `grace_s`; at
-        once where the process does not get on: its callers go elsewhere when their calls break."""
+        once where the process does not get on: its callers go elsewhere when their calls break.
+
+        moves_callers: connections are told to go elsewhere (GOAWAY) before the drain, while the
+        calls in hand go on.
+        """
         await self.stopping.wait()
         log.info("draining", grace_s=grace_s)
         end = time.monotonic() + grace_s
         await self.set_serving(False)
+        stop = asyncio.create_task(self.grpc.stop(grace_s)) if moves_callers and self.live else None
         if on_drain is not None:
             try:
                 await asyncio.wait_for(on_drain(), grace_s)
             except TimeoutError:
                 log.warning("drain_incomplete")
-        await self.grpc.stop(max(0.0, end - time.monotonic()) if self.live else 0.0)
+        self._health.end()
+        left_s = max(0.0, end - time.monotonic()) if self.live else 0.0
+        await (stop or self.grpc.stop(left_s))
         if self._probes is not None:
             await self._probes.stop(0)
         log.info("stopped")

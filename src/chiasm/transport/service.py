@@ -73,6 +73,8 @@ class Service:
         member is READY.
     drain: refuses new work and waits for the work in flight; cut off after `grace_s`.
     close: releases resources after the grpc server has stopped.
+    moves_callers: whether connections are told to go elsewhere as soon as it drains; for what is
+        reached by one address for several processes.
     watch_topology: whether `ServiceProcess.topology` follows the orchestrator.
     report_load: how busy it is, for every report to the orchestrator; None while it cannot tell.
     """
@@ -85,6 +87,7 @@ class Service:
     drain: Callable[[], Awaitable[None]] = _nothing
     close: Callable[[], Awaitable[None]] = _nothing
     watch_topology: bool = False
+    moves_callers: bool = False
     report_load: Callable[[], Load | None] = lambda: None
 
 
@@ -113,7 +116,11 @@ class ServiceProcess:
             asyncio.create_task(self._become_ready(service), name="readiness"),
             asyncio.create_task(self._stay_alive(service), name="liveness"),
         ]
-        await self.server.run_until_stopped(grace_s=grace_s, on_drain=lambda: self._drain(service))
+        await self.server.run_until_stopped(
+            grace_s=grace_s,
+            on_drain=lambda: self._drain(service),
+            moves_callers=service.moves_callers,
+        )
         for task in tasks:
             task.cancel()
         await self.member.close()

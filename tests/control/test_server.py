@@ -1,0 +1,89 @@
+"""How a server ends: callers move on, calls are finished, and nobody is waited for in vain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from chiasm.transport.messages import CONTROL_BYTES
+from chiasm.transport.server import Server
+
+WAIT_S = 20.0
+
+
+class Echo:
+    """A server whose only method sends its name until it is told to end."""
+
+    def __init__(self, name: str, *, moves_callers: bool = True) -> None:
+        self.name, self.may_end = name.encode(), asyncio.Event()
+        self.moves_callers = moves_callers
+        self.server = Server(services=["test.Echo"], max_message_bytes=CONTROL_BYTES)
+        handler = grpc.unary_stream_rpc_method_handler(self.names)
+        generic = grpc.method_handlers_generic_handler("test.Echo", {"Names": handler})
+        self.server.grpc.add_generic_rpc_handlers((generic,))
+
+    async def names(self, _request: bytes, _context: object) -> AsyncIterator[bytes]:
+        yield self.name
+        await self.may_end.wait()
+        yield self.name
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[int]:
+        port = await self.server.start("127.0.0.1:0")
+        await self.server.set_serving(True)
+        running = asyncio.create_task(
+            self.server.run_until_stopped(
+                grace_s=3 * WAIT_S, on_drain=self.may_end.wait, moves_callers=self.moves_callers
+            )
+        )
+        yield port
+        self.may_end.set()
+        self.server.stopping.set()
+        async with asyncio.timeout(WAIT_S):
+            await running
+
+
+async def name_of(channel: grpc.aio.Channel) -> bytes:
+    """Who answers a new call; nobody does at the very moment of a shutdown."""
+    call = channel.unary_stream("/test.Echo/Names")(b"", timeout=WAIT_S, wait_for_ready=True)
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        name: bytes = await call.read()
+        call.cancel()
+        return name
+    assert await call.code() is grpc.StatusCode.CANCELLED
+    return b""
+
+
+async def test_connections_move_while_calls_are_finished() -> None:
+    first, second = Echo("first"), Echo("second")
+    async with first.running() as a, second.running() as b:
+        channel = grpc.aio.insecure_channel(f"ipv4:127.0.0.1:{a},127.0.0.1:{b}")
+        call = channel.unary_stream("/test.Echo/Names")(b"", timeout=WAIT_S)
+        assert await call.read() == b"first"
+        first.server.stopping.set()
+        async with asyncio.timeout(WAIT_S):
+            while await name_of(channel) != b"second":
+                pass
+        first.may_end.set()
+        assert await call.read() == b"first"
+        assert await call.read() is grpc.aio.EOF
+        assert await call.code() is grpc.StatusCode.OK
+        await channel.close()
+
+
+@pytest.mark.parametrize("moves_callers", [False, True])
+async def test_who_watches_health_is_not_waited_for(moves_callers: bool) -> None:
+    echo = Echo("only", moves_callers=moves_callers)
+    async with echo.running() as port:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        states = health_pb2.HealthCheckResponse
+        assert (await watch.read()).status == states.SERVING
+    assert (await watch.read()).status == states.NOT_SERVING
+    assert await watch.read() is grpc.aio.EOF
+    await channel.close()
