@@ -44,6 +44,15 @@ class PoolUnavailable(errors.Unavailable):
         self.modality = modality
 
 
+class PoolFailed(errors.Internal):
+    """A pool cannot compute what it was asked for, and asking again would not help; the cause says
+    why. What the cause blames is the decoder's message, never the caller's request."""
+
+    def __init__(self, modality: Modality) -> None:
+        super().__init__(f"the {modality} expert pool failed; the log has the request id")
+        self.modality = modality
+
+
 class Servers(Protocol):
     """What a dispatch needs of its pool."""
 
@@ -74,7 +83,8 @@ class Flight:
         """Every shard's partial, once all are there.
 
         Raises PoolUnavailable as soon as a shard has no holder that can be reached: the engine must
-        not stand still for one pool, it begins the step again when the pool is back.
+        not stand still for one pool, it begins the step again when the pool is back. Raises
+        PoolFailed when every holder of a shard has refused for good.
         """
         end = min(self._end, time.monotonic() + timeout_s)
         try:
@@ -161,7 +171,7 @@ class Flight:
         plan, unplaced = self._plan(self._idle_shards())
         if unplaced:
             if not isinstance(self._last_error, _TRANSIENT):
-                raise self._last_error
+                raise PoolFailed(self._work.modality) from self._last_error
             self._retry_at = now + RETRY_PAUSE_S if self._failed else now
             self._failed.clear()
         if plan:

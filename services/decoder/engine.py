@@ -21,7 +21,7 @@ from chiasm.load import DecoderLoad
 from chiasm.pulse import Pulse
 from chiasm.services.decoder import spans
 from chiasm.services.decoder.forward import ForwardPass
-from chiasm.services.decoder.pools import ExpertPools, PoolUnavailable
+from chiasm.services.decoder.pools import ExpertPools, PoolFailed, PoolUnavailable
 from chiasm.services.decoder.sampler import Choice, choose, prompt_events
 from chiasm.services.decoder.scheduler import Chunk, Schedule, Scheduler
 from chiasm.services.decoder.sequence import (
@@ -183,6 +183,9 @@ class Engine:
         except PoolUnavailable as error:
             self._park(schedule.chunks, error, start)
             return False
+        except PoolFailed as error:
+            self._give_up(schedule.chunks, error)
+            return True
         waited = {m: ns - waits_before[m] for m, ns in self._pools.wait_ns.items()}
         # Before anybody hears of the step, so that whoever has its answer finds it counted.
         self._workload.add_step(schedule.chunks, time.monotonic_ns() - start)
@@ -297,6 +300,14 @@ class Engine:
             request_ids=[sequence.request_id for sequence in parked],
         )
         self._wait_or_fail(parked, since=start)
+
+    def _give_up(self, chunks: tuple[Chunk, ...], error: PoolFailed) -> None:
+        """After a step that a pool cannot compute: its requests fail, the others go on."""
+        failed = [c.sequence for c in chunks if error.modality in c.modalities]
+        ids = [sequence.request_id for sequence in failed]
+        log.error("pool_failed", modality=error.modality, request_ids=ids, exc_info=error)
+        for sequence in failed:
+            self._fail(sequence, error)
 
     def _unpark(self, schedule: Schedule, covered: frozenset[Modality]) -> None:
         """Those that wait for something else than their pools are parked no longer; those that the

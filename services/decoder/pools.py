@@ -16,18 +16,19 @@ import torch
 
 from chiasm.model.experts import ExpertBank
 from chiasm.model.moe import Dispatch, Partial, PendingPartials
-from chiasm.services.decoder.dispatches import PoolUnavailable
+from chiasm.services.decoder.dispatches import PoolFailed, PoolUnavailable
 from chiasm.telemetry import metrics
 from chiasm.types import Modality
 
-__all__ = ["ExpertPools", "LocalPool", "Pool", "PoolUnavailable"]
+__all__ = ["ExpertPools", "LocalPool", "Pool", "PoolFailed", "PoolUnavailable"]
 
 
 class Answer(Protocol):
     """A dispatch under way."""
 
     def result(self, timeout_s: float, /) -> list[Partial]:
-        """Every shard's partial. Raises PoolUnavailable, or TimeoutError when the time is up."""
+        """Every shard's partial. Raises PoolUnavailable, PoolFailed, or TimeoutError when the time
+        is up."""
         ...
 
 
@@ -95,5 +96,8 @@ class LocalPool:
         return self._thread.submit(self._run, dispatch)
 
     def _run(self, dispatch: Dispatch) -> list[Partial]:
-        with torch.inference_mode():
-            return self._bank.answer(dispatch)
+        try:
+            with torch.inference_mode():
+                return self._bank.answer(dispatch)
+        except Exception as error:
+            raise PoolFailed(self._bank.modality) from error

@@ -27,7 +27,8 @@ from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, encoder_pb2, encoder_pb2_gr
 WAIT_S = 60.0
 
 DEFECTS = re.compile(
-    r"was never retrieved|never awaited|it is pending|Traceback|rpc_failed|step_failed|INTERNAL"
+    r"was never retrieved|never awaited|it is pending|Traceback|rpc_failed|step_failed|pool_failed"
+    r"|INTERNAL"
 )
 """What no log may say, whatever dies: a defect, not a failure."""
 
