@@ -38,12 +38,12 @@ def grammar(wire: inference_pb2.ResponseFormat, path: str) -> Grammar:
             _bound(len(wire.regex.encode()), f"{path}.regex")
             source = LLMatcher.grammar_from_regex(wire.regex)
         case "choice":
+            _bound(wire.choice.ByteSize(), f"{path}.choice.texts")  # before any is looked at
             texts = wire.choice.texts
             if not texts or not all(texts):
                 raise errors.InvalidArgument(
                     f"{path}.choice.texts", "there must be texts, and none of them empty"
                 )
-            _bound(sum(len(text.encode()) + 1 for text in texts), f"{path}.choice.texts")
             spelled = " | ".join(json.dumps(text) for text in texts)
             source = LLMatcher.grammar_from_lark(f"start: {spelled}")
         case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from chiasm import errors
 from chiasm.services.gateway import grammars
@@ -45,8 +45,8 @@ def sampling(
     )
     _penalty("presence_penalty", wire.presence_penalty)
     _penalty("frequency_penalty", wire.frequency_penalty)
-    check_ids(f"{_PATH}.stop_token_ids", wire.stop_token_ids, vocab_size)
     _at_most(len(wire.stop_token_ids), MAX_STOP_TOKEN_IDS, "stop_token_ids", "ids")
+    check_ids(f"{_PATH}.stop_token_ids", wire.stop_token_ids, vocab_size)
     _bounded(wire.thinking_budget, max_context_tokens, "thinking_budget")
     num_choices = _num_choices(wire.n, temperature)
     _lengths(wire, max_context_tokens)
@@ -99,13 +99,12 @@ def _num_choices(n: int, temperature: float) -> int:
     return n or 1
 
 
-def _stop(stops: Iterable[str]) -> tuple[str, ...]:
-    found = tuple(stops)
-    _at_most(len(found), MAX_STOPS, "stop", "strings")
-    for i, stop in enumerate(found):
+def _stop(stops: Sequence[str]) -> tuple[str, ...]:
+    _at_most(len(stops), MAX_STOPS, "stop", "strings")
+    for i, stop in enumerate(stops):
         _require(bool(stop), f"stop[{i}]", "the string is empty")
         _at_most(len(stop), MAX_STOP_CHARS, f"stop[{i}]", "characters")
-    return found
+    return tuple(stops)
 
 
 def _logit_bias(

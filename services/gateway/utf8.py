@@ -8,6 +8,7 @@ twin of its type in which every `string` is `bytes`, and the twin is searched fo
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +26,10 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
 
 from chiasm import errors
+
+MAX_SEARCHED = 10_000
+"""Strings and messages that are looked at for the culprit. A request may have millions of them; it
+is refused all the same, without the name of the field."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,14 +54,16 @@ def deserializer(cls: type[Message]) -> Callable[[bytes], Message | Malformed]:
 
 
 def explain(cls: type[Message], data: bytes) -> errors.InvalidArgument:
-    """Why `data` is no message of `cls`, with the path of the first string that is not UTF-8."""
+    """Why `data` is no message of `cls`, with the path of the first string that is not UTF-8 if it
+    is among the first MAX_SEARCHED entries."""
     original = cast(Descriptor, cls.DESCRIPTOR)
     twin = _twin(original)
     try:
         message = twin.FromString(data)
     except DecodeError:
         return errors.InvalidArgument("", f"the request is not a {original.full_name} message")
-    path = next(_invalid_strings(message, original, ""), "")
+    searched = itertools.islice(_entries(message, original, ""), MAX_SEARCHED)
+    path = next((path for path, data in searched if not _is_utf8(data)), "")
     return errors.InvalidArgument(path, "the text is not valid UTF-8")
 
 
@@ -125,23 +132,24 @@ def _add_twin(pool: DescriptorPool, file: FileDescriptor, added: set[str]) -> No
     pool.Add(proto)
 
 
-def _invalid_strings(twin: Message, original: Descriptor, prefix: str) -> Iterator[str]:
-    """Paths of strings of `original` whose bytes in `twin` are not UTF-8, in field order."""
+def _entries(twin: Message, original: Descriptor, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """Paths of the strings of `original` and their bytes in `twin`, in field order; those of the
+    messages around them, with no bytes, so that whoever counts counts them too."""
     for field, value in twin.ListFields():
         of_original = original.fields_by_name[field.name]
-        if of_original.message_type and of_original.message_type.GetOptions().map_entry:
+        inner = of_original.message_type
+        if inner is None and of_original.type != FieldDescriptor.TYPE_STRING:
+            continue
+        if inner is not None and inner.GetOptions().map_entry:
             continue  # the maps of the contracts hold numbers
-        is_repeated = not isinstance(value, (bytes, Message)) and hasattr(value, "__len__")
-        entries = (
-            [(f"{prefix}{field.name}[{i}]", entry) for i, entry in enumerate(value)]
-            if is_repeated
-            else [(f"{prefix}{field.name}", value)]
-        )
-        if of_original.type == FieldDescriptor.TYPE_STRING:
-            yield from (path for path, entry in entries if not _is_utf8(entry))
-        elif of_original.message_type is not None:
-            for path, entry in entries:
-                yield from _invalid_strings(entry, of_original.message_type, f"{path}.")
+        is_repeated = not isinstance(value, (bytes, Message))
+        for i, entry in enumerate(value if is_repeated else (value,)):
+            path = f"{prefix}{field.name}[{i}]" if is_repeated else f"{prefix}{field.name}"
+            if inner is None:
+                yield path, entry
+            else:
+                yield path, b""
+                yield from _entries(entry, inner, f"{path}.")
 
 
 def _is_utf8(data: bytes) -> bool:
