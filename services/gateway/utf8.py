@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -78,15 +78,16 @@ def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandle
     answer_cls = message_factory.GetMessageClass(method.output_type)
 
     async def unary(request: Any, context: Context) -> Any:
-        return await behavior(_checked(request), context)
+        if isinstance(request, Malformed):
+            raise request.error
+        return await behavior(request, context)
 
-    async def stream(request: Any, context: Context) -> Any:
-        answers = behavior(_checked(request), context)
-        try:
-            async for answer in answers:
-                yield answer
-        finally:
-            await answers.aclose()
+    def stream(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+        # The behaviour's own generator: what is thrown into it must find it where it waits.
+        if isinstance(request, Malformed):
+            return _refused(request.error)
+        answers: AsyncGenerator[Any, None] = behavior(request, context)
+        return answers
 
     make = (
         grpc.unary_stream_rpc_method_handler
@@ -100,10 +101,9 @@ def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandle
     )
 
 
-def _checked(request: Message | Malformed) -> Message:
-    if isinstance(request, Malformed):
-        raise request.error
-    return request
+async def _refused(error: errors.InvalidArgument) -> AsyncGenerator[Any, None]:
+    raise error
+    yield
 
 
 @functools.cache
