@@ -33,8 +33,9 @@ PROBE_PAUSE_S = 0.1
 MAX_DAMAGED = 3
 """After so many answers in a row that fail their checks a server is away."""
 
-DAMAGED_PAUSE_S = 1.0
-"""For so long, at least: others' requests must not wait for it."""
+MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
+"""For so long, at least: others' requests must not wait for it. Nor must they for a server that is
+lost again and again without having answered a dispatch: its pause doubles each time."""
 
 ITERATOR_END_S = 1.0
 """Bound of the wait for a stream's requests to end."""
@@ -61,7 +62,7 @@ class Connection:
         modality: Modality,
     ) -> None:
         self.address = address
-        self.is_broken = False
+        self.is_broken = self.has_answered = False
         self._inbox, self._send, self._on_lost = inbox, send, on_lost
         self._calls: dict[int, Call] = {}  # oldest first
         self._lane: Lane | None = None
@@ -75,6 +76,11 @@ class Connection:
     def num_calls(self) -> int:
         """Calls under way, those that nobody waits for any more included."""
         return len(self._calls)
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether anything was ever sent."""
+        return self._next_id > 0
 
     def oldest(self) -> Call | None:
         """The call that has been under way for longest."""
@@ -100,6 +106,7 @@ class Connection:
 
     def answered(self, response: experts_pb2.DispatchResponse, arena: Arena | None = None) -> None:
         """An answer has come, on either way."""
+        self.has_answered = True
         if call := self._calls.pop(response.dispatch_id, None):
             call.owner.answered(call, response, arena)
 
@@ -171,15 +178,18 @@ class ServerLink:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        pause_s = 0.0
         while True:
             async with open_channel(
                 self.address, max_message_bytes=self._max_message_bytes
             ) as channel:
                 stub = experts_pb2_grpc.ExpertPoolStub(channel)
                 description = await self._probe(stub)
-                error = await self._live(stub, description)
+                start = self._loop.time()
+                connection, error = await self._live(stub, description)
             log.warning("expert_server_away", modality=self._modality, address=self.address)
-            await asyncio.sleep(DAMAGED_PAUSE_S if isinstance(error, errors.DataLoss) else 0)
+            pause_s = next_pause_s(pause_s, connection, error, self._loop.time() - start)
+            await asyncio.sleep(pause_s)
 
     async def _probe(self, stub: experts_pb2_grpc.ExpertPoolStub) -> experts_pb2.PoolDescription:
         """Returns when the server answers."""
@@ -194,8 +204,8 @@ class ServerLink:
 
     async def _live(
         self, stub: experts_pb2_grpc.ExpertPoolStub, description: experts_pb2.PoolDescription
-    ) -> errors.ChiasmError:
-        """Offers a connection until it breaks; returns why it did."""
+    ) -> tuple[Connection, errors.ChiasmError]:
+        """Offers a connection until it breaks; returns it and why it did."""
         outgoing: asyncio.Queue[experts_pb2.DispatchRequest | None] = asyncio.Queue()
         sent = asyncio.Event()
         lost: asyncio.Future[errors.ChiasmError] = self._loop.create_future()
@@ -228,7 +238,7 @@ class ServerLink:
             with contextlib.suppress(TimeoutError):  # a stream that never began has nothing to end
                 async with asyncio.timeout(ITERATOR_END_S):
                     await sent.wait()
-        return error
+        return connection, error
 
     def _tell(self, what: Callable[..., None], *about: object) -> None:
         """Has something done in the event loop; from the engine's thread."""
@@ -267,6 +277,18 @@ class ServerLink:
                 outcome = "not_possible"
                 log.info("no_lane", address=self.address, detail=error.message)
         metrics.LANES.labels(str(self._modality), outcome).inc()
+
+
+def next_pause_s(
+    last_s: float, connection: Connection, error: errors.ChiasmError, lived_s: float
+) -> float:
+    """How long to leave a server alone after a connection that lived for so long ended with
+    `error`; last_s: the pause before it."""
+    if connection.has_answered:
+        return MIN_PAUSE_S if isinstance(error, errors.DataLoss) else 0.0
+    if not connection.was_asked and lived_s >= MIN_PAUSE_S:
+        return 0.0  # an idle server that is started anew has done nothing wrong
+    return min(max(2 * last_s, MIN_PAUSE_S), MAX_PAUSE_S)
 
 
 async def _iterate(

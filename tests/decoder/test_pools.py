@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from decoder.pool_servers import (
 
 from chiasm import errors
 from chiasm.model.moe import Partial
+from chiasm.services.decoder import link
 from chiasm.services.decoder.dispatches import PoolFailed, PoolUnavailable
 from chiasm.services.decoder.hedging import BURST
 from chiasm.services.decoder.lane import NUM_SLOTS
@@ -343,6 +346,37 @@ async def test_a_stuck_server_without_a_replica_is_given_up(
         await pool.reachable(1)
         await asyncio.sleep(1.0)
         await pool.check(3, 1)
+
+
+async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try holds up the requests of other pools, so there is a pause before the next one."""
+    monkeypatch.setattr(link, "MIN_PAUSE_S", 100 * WAIT_S)
+    async with pool_of(tiny_checkpoint, ALL, lane=False) as pool:
+
+        def refuse(_: experts_pb2.DispatchRequest) -> None:
+            raise RuntimeError("a defect")
+
+        pool.servers[0].relay.on_request = refuse
+        with pytest.raises(PoolUnavailable):
+            await pool.ask(dispatch(pool.config, 3))
+        await asyncio.sleep(10 * link.PROBE_PAUSE_S)
+        assert not pool.remote.is_covered
+
+
+def test_pauses_double_until_a_dispatch_is_answered() -> None:
+    def after(last_s: float, *, asked: bool, answered: bool, lived_s: float = 60.0) -> float:
+        life: Any = SimpleNamespace(was_asked=asked, has_answered=answered)
+        return link.next_pause_s(last_s, life, errors.Unavailable("lost"), lived_s)
+
+    pauses = [0.0]
+    for _ in range(7):
+        pauses.append(after(pauses[-1], asked=True, answered=False))
+    assert pauses == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert after(30, asked=True, answered=True) == 0
+    assert after(0, asked=False, answered=False) == 0, "it was idle, and is started anew"
+    assert after(0, asked=False, answered=False, lived_s=0.1) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
