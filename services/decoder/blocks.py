@@ -11,8 +11,8 @@ gap, so that it can grow: attention reads a run as one piece of memory.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -59,6 +59,11 @@ class BlockPool:
     def num_idle_among(self, blocks: Sequence[int]) -> int:
         """How many of these blocks taking a reference would make unavailable."""
         return sum(block in self._idle for block in blocks)
+
+    def num_freed(self, blocks: Iterable[int]) -> int:
+        """How many blocks giving up one reference for each entry would make available."""
+        given_up = Counter(blocks)
+        return sum(self._references[block] == count for block, count in given_up.items())
 
     def acquire(self, blocks: Sequence[int]) -> None:
         """Takes a reference to each block, all of them held or idle."""

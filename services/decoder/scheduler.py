@@ -174,22 +174,27 @@ class Scheduler:
             if not self._can_run(sequence, len(cached) * self.blocks.block_size, pools):
                 passed_over.append(sequence)
                 continue
-            while stuck and not self._has_room(sequence, cached):
-                self._preempt(stuck.pop(), preempted)
-            if not self._has_room(sequence, cached):
+            if not self._has_room(sequence, cached, without=stuck):
                 break
+            while not self._has_room(sequence, cached):
+                self._preempt(stuck.pop(), preempted)
             self._begin(sequence, cached)
             admitted.append(sequence)
         return admitted, passed_over
 
-    def _has_room(self, sequence: Sequence, cached: list[int]) -> bool:
+    def _has_room(
+        self, sequence: Sequence, cached: list[int], *, without: Seq[Sequence] = ()
+    ) -> bool:
+        """Whether a sequence fits into the batch, once those `without` have left it."""
+        num_running = len(self.running) - len(without)
+        if num_running >= self.max_running:
+            return False
+        known = frozenset(cached) if without else frozenset()
+        freed = (b for s in without for b in s.table.blocks if b not in known)
+        num_available = self.blocks.num_available + self.blocks.num_freed(freed)
         num_new = self._num_blocks(len(sequence.token_ids)) - len(cached)
         # Whoever runs may need a block soon; giving it away now would preempt somebody then.
-        num_spare = len(self.running)
-        taken = num_new + self.blocks.num_idle_among(cached)
-        return (
-            len(self.running) < self.max_running and taken + num_spare <= self.blocks.num_available
-        )
+        return num_new + self.blocks.num_idle_among(cached) + num_running <= num_available
 
     def _begin(self, sequence: Sequence, cached: list[int]) -> None:
         """Moves a waiting sequence to the batch, with the blocks of all its tokens."""

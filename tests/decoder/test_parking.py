@@ -75,6 +75,17 @@ def test_pictures_in_the_batch_give_their_blocks_up() -> None:
     run_to_end(machine, *pictures)
 
 
+def test_pictures_give_nothing_up_for_one_that_does_not_fit_all_the_same() -> None:
+    target = scheduler(10, max_running=4)
+    running, pictures = sequence(12, 8), [picture(), picture()]
+    submitted(target, running, *pictures)
+    assert len(target.schedule(ALL).admitted) == 3
+    submitted(target, sequence(28, 1))
+    schedule = target.schedule(TEXT_ONLY)
+    assert not schedule.preempted
+    assert set(pictures) <= set(target.running)
+
+
 def test_a_growing_answer_takes_the_blocks_of_pictures_first() -> None:
     target = scheduler(8, max_running=4)
     machine = Machine(target)
