@@ -250,18 +250,19 @@ class Engine:
             sequence.parked_since = None
             for modality in Modality:
                 sequence.timings.expert_wait[modality] += waited[modality]
-            if not choices:
-                self._scheduler.commit(sequence, chunk.stop)
-            elif (error := choices[0].error) is not None:
-                self._fail(sequence, error)
-            else:
+            if choices:
                 self._append(sequence, choices, now)
+            else:
+                self._scheduler.commit(sequence, chunk.stop)
 
     def _append(self, sequence: Sequence, choices: list[Choice], now: int) -> None:
-        """Gives a sequence its next tokens, up to one that ends the answer."""
-        if not sequence.timings.first_token:
-            spans.first_token(sequence, now)
+        """Gives a sequence its next tokens, up to one that ends the answer or cannot be had."""
         for choice in choices:
+            if choice.error is not None:
+                self._fail(sequence, choice.error)
+                return
+            if not sequence.timings.first_token:
+                spans.first_token(sequence, now)
             sequence.token_ids.append(choice.token_id)
             # The keys and values of this token come with the next step.
             self._scheduler.commit(sequence, len(sequence.token_ids) - 1)

@@ -14,6 +14,7 @@ from chiasm.services.decoder.engine import Engine
 from chiasm.services.decoder.pools import LocalPool, PoolFailed
 from chiasm.services.decoder.scheduler import Chunk
 from chiasm.services.decoder.sequence import Event, FailedEvent, Sequence, TokenEvent
+from chiasm.services.decoder.speculation import Drafts
 from chiasm.types import Modality
 
 VOCABULARY = 200
@@ -83,3 +84,36 @@ def test_a_pool_of_this_process_fails_like_any_other() -> None:
     with pytest.raises(PoolFailed) as caught:
         answer.result(20)
     assert caught.value.modality is Modality.VISION
+
+
+class Two:
+    """Guesses two tokens."""
+
+    def __init__(self, token_id: int) -> None:
+        self._token_id = token_id
+
+    def draft(self, _: Sequence, room: int) -> tuple[int, ...]:
+        return (self._token_id,) * min(2, room)
+
+
+def test_a_row_behind_a_right_guess_that_is_not_finite(engine: Engine, model: Model) -> None:
+    """What came before it counts; it yields no token, whatever its row looks like."""
+    asked = sequence(5, 20)
+    asked.drafts = Drafts(8)
+    events = submitted(engine, asked)
+    engine._step()
+    engine._scheduler._drafter = Two(model.answer)
+    logits = model.logits
+
+    def spoiled(hidden: torch.Tensor) -> torch.Tensor:
+        found = logits(hidden)
+        found[1:] = torch.nan
+        return found
+
+    model.logits = spoiled  # type: ignore[method-assign]
+    engine._step()
+    *tokens, last = events
+    assert [type(event) for event in tokens] == [TokenEvent] * 2
+    assert isinstance(last, FailedEvent)
+    assert "not finite" in last.error.message
+    assert engine.load().kv_tokens_used == 0
