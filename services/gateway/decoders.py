@@ -28,6 +28,9 @@ EVICTED = "EMBEDDING_EVICTED"
 MAX_RESUMES = 3
 """Decoders one answer may outlive. A request that brings decoders down must not go through all."""
 
+PROGRESS = 256
+"""An answer that got so many tokens from a decoder may outlive as many as at its beginning."""
+
 log = structlog.get_logger()
 
 
@@ -79,6 +82,7 @@ class Decoders:
         decoder refused with.
         """
         search, resumes_left = self._search(deadline), MAX_RESUMES
+        was_accepted = bool(generated)
         while True:
             decoder = self._choose(await search.candidates(), home)
             num_before, has_output = len(generated), False
@@ -91,9 +95,15 @@ class Decoders:
                     yield event
                 return
             except errors.ChiasmError as error:
+                if was_accepted and isinstance(error, errors.AlreadyExists):
+                    # By itself: that decoder has not noticed yet that the connection broke.
+                    error = self._lost(error)
                 if not may_try_another(error):
                     raise
+                was_accepted |= has_output or isinstance(error, _BrokenOff)
                 has_gone_on = len(generated) > num_before
+                if len(generated) - num_before >= PROGRESS:
+                    resumes_left = MAX_RESUMES
                 if has_output and not generated:
                     raise self._lost(error) from None  # what concerns the prompt is sent once
                 if has_gone_on or isinstance(error, _BrokenOff):

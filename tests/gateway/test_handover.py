@@ -19,7 +19,7 @@ from gateway.harness import (
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Sampling, image, user
-from chiasm.services.gateway.decoders import MAX_RESUMES
+from chiasm.services.gateway.decoders import MAX_RESUMES, PROGRESS
 from chiasm.v1 import decoder_pb2, tensor_pb2
 
 DecodeEvents = AsyncIterator[decoder_pb2.DecodeEvent]
@@ -82,6 +82,46 @@ async def test_a_request_does_not_go_through_all_decoders(
         await client.complete("x")
     assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 1.0)
     assert len(decoder.requests) == 1 + MAX_RESUMES
+
+
+async def test_an_answer_that_gets_on_outlives_more_of_them(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(*[5] * PROGRESS)
+        raise errors.Unavailable("gone")
+
+    decoder.scripts.extend([script] * (MAX_RESUMES + 2))
+    result = await client.complete("x")
+    assert len(result.token_ids) == (MAX_RESUMES + 2) * PROGRESS + 3
+
+
+async def held(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+    raise errors.AlreadyExists("in flight")
+    yield
+
+
+async def test_a_decoder_that_still_holds_the_broken_call(tiny_checkpoint: Path) -> None:
+    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
+        yield tokens_event(5)
+        raise errors.Unavailable("the connection broke")
+
+    async with (
+        running(tiny_checkpoint) as stack,
+        AsyncClient(stack.address, timeout_s=20.0) as client,
+    ):
+        decoder = await stack.add_decoder()
+        decoder.scripts.extend([script, held, held])
+        assert (await client.complete("x")).token_ids == (5, 10, 11, 12)
+
+
+async def test_an_id_that_somebody_else_has_at_the_decoder(
+    decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    decoder.scripts.append(held)
+    with pytest.raises(errors.AlreadyExists):
+        await client.complete("x")
+    assert len(decoder.requests) == 1
 
 
 @pytest.mark.parametrize("accepts", [True, False])
