@@ -5,6 +5,8 @@ arrival. A request is admitted when the blocks of all its tokens are there; whil
 takes blocks as it grows. When none are left, the request that came last gives its blocks back and
 waits; it is computed again later, from the prefix cache where that still has its beginning.
 
+A request whose answer is not read stands still, and gives its blocks back to whoever needs them.
+
 Guesses of speculation take what is left of a step and of the blocks: nobody waits for them.
 """
 
@@ -121,13 +123,16 @@ class Scheduler:
 
     def schedule(self, pools: frozenset[Modality]) -> Schedule:
         """The next step, given the pools that can answer now."""
-        parked = [s for s in self.running if not self._can_run(s, s.num_computed, pools)]
-        stuck = list(parked)  # those of the batch that can make room for others
+        behind = {s for s in self if s.is_behind()}
+        idle = [
+            s for s in self.running if s in behind or not self._can_run(s, s.num_computed, pools)
+        ]
+        stuck = list(idle)  # those of the batch that can make room for others
         preempted: list[Sequence] = []
-        admitted, passed_over = self._admit(pools, stuck, preempted)
+        admitted, passed_over = self._admit(pools, behind, stuck, preempted)
         chunks: list[Chunk] = []
         budget = self._max_step_tokens
-        able = [s for s in self.running if s not in parked]
+        able = [s for s in self.running if s not in idle]
         for sequence in [s for s in able if s.num_pending == 1][:budget]:
             if sequence not in preempted and self._grow(sequence, stuck, preempted):
                 chunks.append(Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=1))
@@ -136,7 +141,7 @@ class Scheduler:
         chunks = self._drafted(chunks, budget - len(chunks) - sum(c.num_tokens for c in shares))
         return Schedule(
             chunks=(*chunks, *shares),
-            parked=(*parked, *passed_over),
+            parked=(*(s for s in idle if s not in behind), *passed_over),
             admitted=tuple(admitted),
             preempted=tuple(preempted),
         )
@@ -158,18 +163,25 @@ class Scheduler:
         return sequence.modalities(start, reach) <= pools
 
     def _admit(
-        self, pools: frozenset[Modality], stuck: list[Sequence], preempted: list[Sequence]
+        self,
+        pools: frozenset[Modality],
+        behind: set[Sequence],
+        stuck: list[Sequence],
+        preempted: list[Sequence],
     ) -> tuple[list[Sequence], list[Sequence]]:
         """Moves waiting sequences to the batch, strictly in order, while there is room for them.
 
-        Those whose pool is away are passed over, and those `stuck` in the batch give way: nobody
-        waits for a pool that he does not need. Returns who was admitted and who passed over.
+        Those `behind` and those whose pool is away are passed over, and those `stuck` in the batch
+        give way: nobody waits for a pool or a reader that is not his. Returns who was admitted and
+        who was passed over for a pool.
         """
         admitted: list[Sequence] = []
         passed_over: list[Sequence] = []
         for sequence in tuple(self.waiting):
             if len(self.running) >= self.max_running and not stuck:
                 break
+            if sequence in behind:
+                continue
             cached = self._known_prefix(sequence)
             if not self._can_run(sequence, len(cached) * self.blocks.block_size, pools):
                 passed_over.append(sequence)

@@ -145,6 +145,7 @@ class Sequence:
     by others; `num_cached` tokens came from the prefix cache at the last admission.
     `num_prompt_cached`: tokens of the prompt that came from there at the first one.
 
+    is_behind: whether so much is unread that no more may be computed for now.
     num_resumed: how many of the first `token_ids` were generated elsewhere, before this sequence.
     matcher: the grammar's automaton (grammars.Matcher), in its first state. processors: the
     sampler's books; they follow from the rest and can be made again at any time. drafts: likewise
@@ -162,6 +163,7 @@ class Sequence:
     sampling: Sampling
     prompt_logits: bool
     sink: Callable[[Event], None] = field(default=lambda _: None)
+    is_behind: Callable[[], bool] = field(default=lambda: False)
     trace_context: otel_context.Context = field(default_factory=otel_context.Context)
     num_prompt: int = field(init=False)
     priority: int = 0

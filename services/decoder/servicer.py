@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
@@ -40,6 +41,9 @@ HANDOVER_TIMEOUT_S = 1.0
 PROMPT_ROWS_BYTES = 1 << 30
 """Logits and log-probabilities of prompts that callers may not have read yet, all calls together; a
 single one may have more."""
+
+MAX_UNREAD = 256
+"""Events of one call that may wait for its caller; it then stands still until they are read."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 log = structlog.get_logger()
@@ -81,8 +85,10 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                         "gen_ai.usage.input_tokens": len(request.token_types),
                     }
                 )
-                async for event in self._run(engine, request):
-                    yield event
+                # Closed here and now, not by the garbage collector: the id is free only afterwards.
+                async with contextlib.aclosing(self._run(engine, request)) as events:
+                    async for event in events:
+                        yield event
         except asyncio.CancelledError:
             if request.request_id not in self._aborted:
                 raise
@@ -142,7 +148,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
 
     async def _run(
         self, engine: Engine, request: decoder_pb2.DecodeRequest
-    ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
+    ) -> AsyncGenerator[decoder_pb2.DecodeEvent, None]:
         start = time.monotonic_ns()
         embeddings = await asyncio.gather(
             *(self._embeddings.get(ref, interceptors.request_id()) for ref in request.media)
@@ -161,6 +167,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         sequence.sink = sink
+        sequence.is_behind = lambda: events.qsize() >= MAX_UNREAD
         engine.submit(sequence)
         is_first = True
         try:

@@ -1,4 +1,4 @@
-"""Requests whose pool is away hold nobody up, give way, and lose nothing."""
+"""Requests whose pool or reader is away hold nobody up, give way, and lose nothing."""
 
 from __future__ import annotations
 
@@ -84,6 +84,23 @@ def test_pictures_give_nothing_up_for_one_that_does_not_fit_all_the_same() -> No
     schedule = target.schedule(TEXT_ONLY)
     assert not schedule.preempted
     assert set(pictures) <= set(target.running)
+
+
+def test_an_answer_that_is_not_read_stands_still_and_gives_way() -> None:
+    target = scheduler(64, max_running=1)
+    machine = Machine(target)
+    unread, other = sequence(4, 3), sequence(4, 2)
+    submitted(target, unread)
+    machine.step()
+    unread.is_behind = lambda: True
+    schedule = machine.step()
+    assert (schedule.chunks, schedule.parked) == ((), ()), "it waits for its reader, not for a pool"
+    submitted(target, other)
+    for _ in range(2):
+        assert [c.sequence for c in machine.step().chunks] == [other]
+    assert not machine.step().chunks
+    unread.is_behind = lambda: False
+    run_to_end(machine, unread)
 
 
 def test_a_growing_answer_takes_the_blocks_of_pictures_first() -> None:
