@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from chiasm.config import ComputeSettings
 
@@ -27,7 +27,10 @@ class DecoderSettings(ComputeSettings):
     max_running: int = Field(32, ge=1, description="Requests that decode together.")
     max_waiting: int = Field(256, ge=1, description="Requests that may wait for admission.")
     max_step_tokens: int = Field(
-        512, ge=1, description="Tokens of one engine step; longer prompts are prefilled in chunks."
+        512,
+        ge=1,
+        description="Tokens of one engine step, more than max_running; longer prompts are "
+        "prefilled in chunks.",
     )
     kv_cache_tokens: int = Field(
         0, ge=0, description="Tokens the KV cache holds; 0: four times the model's context."
@@ -76,3 +79,12 @@ class DecoderSettings(ComputeSettings):
     fetch_timeout_s: float = Field(
         30.0, gt=0, description="Seconds fetching one item's embeddings may take."
     )
+
+    @model_validator(mode="after")
+    def _check_step(self) -> Self:
+        if self.max_step_tokens <= self.max_running:
+            raise ValueError(
+                "--max-step-tokens must be more than --max-running: a step in which all requests "
+                "decode would have no room for a prompt"
+            )
+        return self
