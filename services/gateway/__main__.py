@@ -10,6 +10,7 @@ from chiasm.membership import Role
 from chiasm.model.config import ModelConfig
 from chiasm.model.tokenizer import Tokenizer
 from chiasm.services.gateway import engine, utf8
+from chiasm.services.gateway.admission import AdmissionInterceptor
 from chiasm.services.gateway.auth import ApiKeyInterceptor, ApiKeys
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.config import GatewaySettings
@@ -58,7 +59,14 @@ def serve(settings: GatewaySettings) -> int:
         services=[SERVICE.full_name],
         max_message_bytes=settings.max_request_bytes,
         build=partial(build, settings),
-        interceptors=[ApiKeyInterceptor(k, keyless=settings.keyless) for k in keys],
+        interceptors=[
+            *(ApiKeyInterceptor(k, keyless=settings.keyless) for k in keys),
+            AdmissionInterceptor(
+                SERVICE.full_name,
+                max_in_flight=settings.max_in_flight,
+                retry_after_s=settings.retry_after_s,
+            ),
+        ],
     )
 
 

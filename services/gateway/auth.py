@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import grpc
 import structlog
 
 from chiasm import errors
-from chiasm.transport import status
-from chiasm.transport.interceptors import Interceptor
+from chiasm.transport.interceptors import Interceptor, refusal
 from chiasm.transport.stamps import stamp
 
 HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."
@@ -85,9 +84,10 @@ class ApiKeyInterceptor(Interceptor):
             return handler
         key = _bearer(handler_call_details.invocation_metadata or ())
         if key is None:
-            return _refusal(method, "the call has no `authorization: Bearer KEY`")
+            error = errors.Unauthenticated("the call has no `authorization: Bearer KEY`")
+            return refusal(method, error)
         if not self._keys.holds(key):
-            return _refusal(method, "the API key is not known")
+            return refusal(method, errors.Unauthenticated("the API key is not known"))
         return handler
 
 
@@ -99,19 +99,6 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
             if scheme.lower() == "bearer" and key.strip():
                 return key.strip()
     return None
-
-
-def _refusal(method: str, message: str) -> Any:
-    """A handler that refuses and reads nothing: a call of one message is a stream of one."""
-    error = errors.Unauthenticated(message)
-
-    async def refuse(_: Any, context: Any) -> AsyncIterator[Any]:
-        if method.startswith((HEALTH, REFLECTION)):
-            await status.abort(context, error)  # the interceptor before this one leaves them alone
-        raise error
-        yield
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _read(path: Path) -> tuple[bytes, ...]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -70,6 +70,21 @@ class CallInterceptor(Interceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def refusal(method: str, error: errors.ChiasmError) -> Any:
+    """A handler that refuses and reads nothing: a call of one message is a stream of one.
+
+    For interceptors that come after CallInterceptor.
+    """
+
+    async def refuse(_: Any, context: _Context) -> AsyncIterator[Any]:
+        if method.startswith(_QUIET):
+            await status.abort(context, error)  # nobody else does it for them
+        raise error
+        yield
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Call:

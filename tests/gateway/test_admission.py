@@ -1,0 +1,69 @@
+"""A gateway that is full refuses calls before it has read their messages."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from chiasm import errors
+from chiasm.services.gateway.admission import SPARE, AdmissionInterceptor
+from chiasm.transport import status
+from chiasm.transport.interceptors import CallInterceptor
+from chiasm.v1 import inference_pb2, inference_pb2_grpc
+
+SERVICE = "chiasm.v1.Inference"
+WAIT_S = 20.0
+
+
+class Servicer(inference_pb2_grpc.InferenceServicer):
+    async def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: Any
+    ) -> inference_pb2.GetModelResponse:
+        return inference_pb2.GetModelResponse(name="m")
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[grpc.aio.Channel]:
+    admission = AdmissionInterceptor(SERVICE, max_in_flight=2, retry_after_s=3.0)
+    server = grpc.aio.server(interceptors=[CallInterceptor(), admission])
+    inference_pb2_grpc.add_InferenceServicer_to_server(Servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
+        yield opened
+    await server.stop(None)
+
+
+async def refused(channel: grpc.aio.Channel) -> errors.ChiasmError | None:
+    """How a small call ends."""
+    stub: Any = inference_pb2_grpc.InferenceStub(channel)
+    try:
+        await stub.GetModel(inference_pb2.GetModelRequest(), timeout=WAIT_S)
+    except grpc.aio.AioRpcError as error:
+        return status.from_rpc_error(error)
+    return None
+
+
+async def until(channel: grpc.aio.Channel, *, full: bool) -> errors.ChiasmError | None:
+    end = time.monotonic() + WAIT_S
+    while bool(error := await refused(channel)) is not full:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+    return error
+
+
+async def test_calls_whose_messages_have_not_come_are_counted(channel: grpc.aio.Channel) -> None:
+    """And no more when they are given up."""
+    open_call = channel.stream_stream(f"/{SERVICE}/Generate")
+    calls = [open_call() for _ in range(2 + SPARE)]
+    error = await until(channel, full=True)
+    assert isinstance(error, errors.ResourceExhausted)
+    assert (error.reason, error.retry_after_s) == ("GATEWAY_FULL", 3.0)
+    for call in calls:
+        call.cancel()
+    await until(channel, full=False)
