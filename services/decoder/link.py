@@ -28,14 +28,14 @@ PROBE_TIMEOUT_S = 1.0
 """A server that has not answered a probe for this long is still away."""
 
 PROBE_PAUSE_S = 0.1
-"""Pause between two probes."""
+"""Pause between two probes, and before a broken connection is made anew."""
 
 MAX_DAMAGED = 3
 """After so many answers in a row that fail their checks a server is away."""
 
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 """For so long, at least: others' requests must not wait for it. Nor must they for a server that is
-lost again and again without having answered a dispatch: its pause doubles each time."""
+silent again and again without having answered a dispatch: its pause doubles each time."""
 
 ITERATOR_END_S = 1.0
 """Bound of the wait for a stream's requests to end."""
@@ -76,11 +76,6 @@ class Connection:
     def num_calls(self) -> int:
         """Calls under way, those that nobody waits for any more included."""
         return len(self._calls)
-
-    @property
-    def was_asked(self) -> bool:
-        """Whether anything was ever sent."""
-        return self._next_id > 0
 
     def oldest(self) -> Call | None:
         """The call that has been under way for longest."""
@@ -185,10 +180,9 @@ class ServerLink:
             ) as channel:
                 stub = experts_pb2_grpc.ExpertPoolStub(channel)
                 description = await self._probe(stub)
-                start = self._loop.time()
                 connection, error = await self._live(stub, description)
             log.warning("expert_server_away", modality=self._modality, address=self.address)
-            pause_s = next_pause_s(pause_s, connection, error, self._loop.time() - start)
+            pause_s = next_pause_s(pause_s, error, has_answered=connection.has_answered)
             await asyncio.sleep(pause_s)
 
     async def _probe(self, stub: experts_pb2_grpc.ExpertPoolStub) -> experts_pb2.PoolDescription:
@@ -279,16 +273,12 @@ class ServerLink:
         metrics.LANES.labels(str(self._modality), outcome).inc()
 
 
-def next_pause_s(
-    last_s: float, connection: Connection, error: errors.ChiasmError, lived_s: float
-) -> float:
-    """How long to leave a server alone after a connection that lived for so long ended with
-    `error`; last_s: the pause before it."""
-    if connection.has_answered:
-        return MIN_PAUSE_S if isinstance(error, errors.DataLoss) else 0.0
-    if not connection.was_asked and lived_s >= MIN_PAUSE_S:
-        return 0.0  # an idle server that is started anew has done nothing wrong
-    return min(max(2 * last_s, MIN_PAUSE_S), MAX_PAUSE_S)
+def next_pause_s(last_s: float, error: errors.ChiasmError, *, has_answered: bool) -> float:
+    """How long to leave a server alone whose connection ended with `error`, after a dispatch on it
+    was answered or not; last_s: the pause before it."""
+    if isinstance(error, NoAnswer) and not has_answered:
+        return min(max(2 * last_s, MIN_PAUSE_S), MAX_PAUSE_S)
+    return MIN_PAUSE_S if isinstance(error, errors.DataLoss) else PROBE_PAUSE_S
 
 
 async def _iterate(

@@ -8,8 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -366,17 +364,13 @@ async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
 
 
 def test_pauses_double_until_a_dispatch_is_answered() -> None:
-    def after(last_s: float, *, asked: bool, answered: bool, lived_s: float = 60.0) -> float:
-        life: Any = SimpleNamespace(was_asked=asked, has_answered=answered)
-        return link.next_pause_s(last_s, life, errors.Unavailable("lost"), lived_s)
-
-    pauses = [0.0]
+    silent, pauses = link.NoAnswer("silent"), [0.0]
     for _ in range(7):
-        pauses.append(after(pauses[-1], asked=True, answered=False))
+        pauses.append(link.next_pause_s(pauses[-1], silent, has_answered=False))
     assert pauses == [0, 1, 2, 4, 8, 16, 30, 30]
-    assert after(30, asked=True, answered=True) == 0
-    assert after(0, asked=False, answered=False) == 0, "it was idle, and is started anew"
-    assert after(0, asked=False, answered=False, lived_s=0.1) == 1
+    assert link.next_pause_s(30, silent, has_answered=True) < 1
+    assert link.next_pause_s(30, errors.Unavailable("killed"), has_answered=False) < 1
+    assert link.next_pause_s(0, errors.DataLoss("damaged"), has_answered=True) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
