@@ -51,6 +51,8 @@ def run(model: Path, report: Callable[[str], None]) -> dict[str, object]:
     with console.capture() as captured:
         console.print(bench_report.tables(outcome))
     report(captured.get())
+    if outcome.error:
+        raise RuntimeError(outcome.error)
     return bench_report.document(options, outcome)
 
 

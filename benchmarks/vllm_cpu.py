@@ -79,6 +79,8 @@ def _compare(other: str, name: str, config: StackConfig) -> dict[str, Any]:
     finally:
         stack.stop()
     Console(width=bench_report.WIDTH).print(bench_report.tables(outcome))
+    if outcome.error:
+        raise RuntimeError(outcome.error)
     return bench_report.document(bench, outcome)
 
 

@@ -7,19 +7,23 @@ import contextlib
 import io
 import json
 from collections.abc import AsyncIterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench.fakes import FakeBackend
 from bench.virtual import run
 from pydantic import ValidationError
 from rich.console import Console
+from typer.testing import CliRunner
 
 from chiasm import errors
 from chiasm.bench import plots, report
 from chiasm.bench.backend import Backend
 from chiasm.bench.experiment import Experiment, Outcome
 from chiasm.bench.options import BenchOptions
+from chiasm.cli import app
 
 SMALL = {"input_len": "uniform:4,30", "output_len": "5", "warmup": 2, "num_requests": 6}
 COMPARED = {"compare": ["old=a:1", "new=b:2"], "sweep": "concurrency=1,2", "repeat": 2}
@@ -30,18 +34,21 @@ def _options(**changes: object) -> BenchOptions:
 
 
 def _experiment(
-    options: BenchOptions, records: io.StringIO | None = None
+    options: BenchOptions, records: io.StringIO | None = None, **backend: Any
 ) -> tuple[Experiment, dict[str, FakeBackend], list[str]]:
     backends: dict[str, FakeBackend] = {}
     order: list[str] = []
 
     @contextlib.asynccontextmanager
     async def connect(endpoint: str) -> AsyncIterator[Backend]:
-        backends[endpoint] = FakeBackend()
+        backends[endpoint] = FakeBackend(**backend)
         yield backends[endpoint]
 
     experiment = Experiment(
-        options, connect, records=records, on_run=lambda s: order.append(f"{s.endpoint} {s.point}")
+        options,
+        connect,
+        open_records=lambda: contextlib.nullcontext(records),
+        on_run=lambda s: order.append(f"{s.endpoint} {s.point}"),
     )
     return experiment, backends, order
 
@@ -112,6 +119,58 @@ def test_interrupt_leaves_what_there_is(until: float, num_runs: int) -> None:
     assert [r.is_whole for r in outcome.runs] == [True] * (num_runs - 1) + [False]
     assert outcome.runs[-1].summary.failed == {"INTERRUPTED": 1}
     assert backends["127.0.0.1:8000"].in_flight == 0
+
+
+def test_an_error_leaves_what_there_is() -> None:
+    options = _options(sweep="concurrency=1,1", num_requests=8)
+    broken = {"fails": lambda i: "" if i < 2 + 8 + 3 else str(1 // 0)}
+    outcome = run(_experiment(options, **broken)[0].run())
+    assert outcome.error == "integer division or modulo by zero"
+    assert [r.is_whole for r in outcome.runs] == [True, False]
+    assert outcome.runs[1].summary.succeeded == 3
+    assert report.document(options, outcome)["error"] == outcome.error
+    with pytest.raises(ExceptionGroup):
+        run(_experiment(options, fails=lambda i: str(1 // 0))[0].run())
+
+
+class _FullDisk(io.StringIO):
+    def write(self, text: str, /) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_fails_no_request() -> None:
+    outcome = run(_experiment(_options(sweep="concurrency=1,2"), _FullDisk())[0].run())
+    assert [r.summary.succeeded for r in outcome.runs] == [6, 6]
+    assert "No space left" in outcome.records_error
+    console = Console(width=report.WIDTH)
+    with console.capture() as captured:
+        console.print(report.tables(outcome))
+    assert "the file of records is not whole" in captured.get()
+
+
+def test_nothing_is_opened_for_a_system_that_is_away(tmp_path: Path) -> None:
+    records = tmp_path / "r.jsonl"
+    records.write_text("old")
+    flags = ["--endpoint", "http://127.0.0.1:9/v1/completions", "--records", str(records)]
+    done = CliRunner().invoke(app, ["bench", "serve", *flags])
+    assert done.exit_code == 1, done.output
+    assert records.read_text() == "old"
+
+
+@pytest.mark.parametrize(("error", "status"), [("", 0), ("a defect", 1)])
+def test_files_are_written_before_anything_is_printed(
+    error: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, file, seen = _measured(_options()), tmp_path / "r.json", list[Any]()
+    outcome.error = error
+    monkeypatch.setattr(import_module("chiasm.cli.bench"), "_measure", lambda options: outcome)
+    monkeypatch.setattr(report, "tables", lambda _: seen.append(json.loads(file.read_text())) or "")
+    done = CliRunner().invoke(app, ["bench", "serve", "--json", str(file)])
+    assert done.exit_code == status
+    assert error in done.output
+    (document,) = seen
+    assert len(document["runs"]) == 1
+    assert document["error"] == (error or None)
 
 
 def test_trace_at_its_own_times_and_stretched(tmp_path: Path) -> None:

@@ -9,14 +9,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import looking
 import pytest
 from e2e.stack import up
+from typer.testing import CliRunner
 
 from chiasm import errors
+from chiasm.cli import app
 from chiasm.cli.eval import table
 from chiasm.client import Choice, Client, Message, Result, Sampling, Text, Timings, Usage
 from chiasm.model.chat import TextPart
@@ -197,6 +200,23 @@ def test_command_on_random_weights(running: Client, tmp_path: Path) -> None:
         assert row["accuracy"] <= 0.5
         assert 0 <= row["wilson_95"][0] <= row["accuracy"] <= row["wilson_95"][1] <= 1
         assert any(row["task"] in line and "fail" in line for line in done.stdout.splitlines())
+
+
+def test_scores_are_written_before_they_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, seen = tmp_path / "scores.json", list[Any]()
+    score = Score(task="sums", num_samples=2, num_correct=2, threshold=0.98)
+    command = import_module("chiasm.cli.eval")
+
+    async def scores(*_: object) -> list[Score]:
+        return [score]
+
+    monkeypatch.setattr(command, "_evaluate", scores)
+    monkeypatch.setattr(command, "table", lambda _: seen.append(json.loads(file.read_text())))
+    done = CliRunner().invoke(app, ["eval", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    assert seen == [document([score])]
 
 
 def test_command_without_a_system_or_a_folder(tmp_path: Path) -> None:

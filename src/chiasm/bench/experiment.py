@@ -25,6 +25,7 @@ MAX_WARMUP_CONCURRENCY = 8
 _SHAPE, _CONTENT, _ARRIVALS, _WARMUP = range(4)
 
 Connect = Callable[[str], contextlib.AbstractAsyncContextManager[Backend]]
+OpenRecords = Callable[[], contextlib.AbstractContextManager[TextIO | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,25 +46,36 @@ class Outcome:
     servers: dict[str, Mapping[str, object]] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     is_interrupted: bool = False
+    error: str = ""
+    """What ended it early."""
+    records_error: str = ""
+    """Why the file of records is not whole."""
 
 
 class Experiment:
-    """The runs that the options ask for."""
+    """The runs that the options ask for.
+
+    open_records: opens the file of records, once there is something to measure.
+    """
 
     def __init__(
         self,
         options: BenchOptions,
         connect: Connect,
         *,
-        records: TextIO | None = None,
+        open_records: OpenRecords = contextlib.nullcontext,
         on_run: Callable[[Slot], None] = lambda slot: None,
     ) -> None:
         self._options, self._connect = options, connect
-        self._records, self._on_run = records, on_run
+        self._open_records, self._on_run = open_records, on_run
+        self._records: TextIO | None = None
         self._rows = _trace_rows(options)
 
     async def run(self) -> Outcome:
-        """Measures everything. A cancellation (Ctrl-C) ends it early, with what there is."""
+        """Measures everything. Ctrl-C, a cancellation here, ends it early, with what there is.
+
+        So does an error; where there is nothing yet, it is raised.
+        """
         outcome = Outcome()
         try:
             await self._measure_all(outcome)
@@ -72,6 +84,11 @@ class Experiment:
                 raise
             task.uncancel()
             outcome.is_interrupted = True
+        except Exception as error:
+            if not outcome.runs:
+                raise
+            cause = first_error(error)
+            outcome.error = str(cause) or type(cause).__name__
         return outcome
 
     async def _measure_all(self, outcome: Outcome) -> None:
@@ -86,6 +103,7 @@ class Experiment:
                 }
             for name, backend in backends.items():
                 await self._warm_up(backend, list(backends).index(name))
+            self._records = stack.enter_context(self._open_records())
             for slot in sweep.slots(options.points, list(backends), options.repeat):
                 self._on_run(slot)
                 await self._measure(slot, backends[slot.endpoint], outcome)
@@ -98,6 +116,8 @@ class Experiment:
             await Runner(backend, self.plan(slot), collector).run()
             is_whole = True
         finally:
+            if collector.file_error:
+                self._records, outcome.records_error = None, collector.file_error
             if collector.records:
                 outcome.runs.append(
                     Run(
@@ -154,6 +174,13 @@ class Experiment:
         if options.arrivals == "constant":
             return arrivals.constant(point.value)
         return arrivals.gamma(point.value, options.burstiness, (options.seed, _ARRIVALS, repeat))
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The first of the errors in the groups in which tasks wrap them."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def connector(options: BenchOptions) -> Connect:

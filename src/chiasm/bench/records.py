@@ -77,7 +77,8 @@ class Record:
 class Collector:
     """The records of one run, in the order of their ends.
 
-    `file` also gets each one as a line of JSON that starts with `labels`.
+    `file` also gets each one as a line of JSON that starts with `labels`. After a failed write it
+    gets no more, `file_error` says why, and the measurement goes on.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Collector:
     ) -> None:
         self.records: list[Record] = []
         self.loop_lags_s = array("d")
+        self.file_error = ""
         self._file, self._labels, self._num_gaps = file, labels or {}, 0
 
     @property
@@ -97,7 +99,10 @@ class Collector:
         self.records.append(record)
         self._num_gaps += len(record.gaps_s)
         if self._file is not None:
-            self._file.write(json.dumps({**self._labels, **record.to_json()}) + "\n")
+            try:
+                self._file.write(json.dumps({**self._labels, **record.to_json()}) + "\n")
+            except OSError as error:
+                self._file, self.file_error = None, str(error)
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -36,6 +36,7 @@ def document(options: BenchOptions, outcome: Outcome) -> dict[str, object]:
         "seed": options.seed,
         "servers": outcome.servers,
         "is_interrupted": outcome.is_interrupted,
+        "error": outcome.error or None,
         "runs": [to_json(run) for run in outcome.runs],
         "spreads": [dataclasses.asdict(s) for s in spreads(outcome.runs)],
         "ratios": [dataclasses.asdict(r) for r in ratios(outcome.runs)],
@@ -67,8 +68,14 @@ def tables(outcome: Outcome) -> RenderableType:
     if compared := ratios(runs):
         parts.append(_spreads("ratios", compared))
     parts += [Text(note, style="yellow") for run in runs for note in notes(run)]
+    if outcome.records_error:
+        note = f"the file of records is not whole: {outcome.records_error}"
+        parts.append(Text(note, style="yellow"))
     if outcome.is_interrupted:
         parts.append(Text("interrupted: these are the results so far", style="yellow"))
+    if outcome.error:
+        note = f"ended by an error, these are the results so far: {outcome.error}"
+        parts.append(Text(note, style="yellow"))
     return Group(*parts)
 
 

@@ -47,14 +47,30 @@ def serve(context: typer.Context) -> None:
 def _serve(options: BenchOptions) -> None:
     from chiasm.bench import plots, report
 
-    for flag, path in (("--json", options.json_file), ("--plot", options.plot)):
+    files = {"--json": options.json_file, "--plot": options.plot, "--records": options.records}
+    for flag, path in files.items():
         if path is not None and not path.parent.is_dir():
             raise errors.InvalidArgument(flag, f"there is no folder {str(path.parent)!r}")
     if options.plot is not None:
         plots.require()
     outcome = _measure(options)
-    width = None if Console().is_terminal else report.WIDTH
-    Console(highlight=False, width=width).print(report.tables(outcome))
+    try:
+        # First: whoever reads the tables may stop reading, as `head` does.
+        _write(options, outcome)
+    finally:
+        width = None if Console().is_terminal else report.WIDTH
+        Console(highlight=False, width=width).print(report.tables(outcome))
+    if outcome.is_interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if outcome.error:
+        raise errors.FailedPrecondition(outcome.error)
+    if not any(run.summary.succeeded for run in outcome.runs):
+        raise typer.Exit(failures.FAILED)
+
+
+def _write(options: BenchOptions, outcome: Outcome) -> None:
+    from chiasm.bench import plots, report
+
     try:
         if options.json_file is not None:
             document = json.dumps(report.document(options, outcome), indent=1, allow_nan=False)
@@ -63,24 +79,17 @@ def _serve(options: BenchOptions) -> None:
             plots.draw(outcome.runs, options.plot)
     except OSError as error:
         raise errors.FailedPrecondition(str(error)) from None
-    if outcome.is_interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if not any(run.summary.succeeded for run in outcome.runs):
-        raise typer.Exit(failures.FAILED)
 
 
 def _measure(options: BenchOptions) -> Outcome:
     from chiasm.bench.experiment import Experiment, connector
 
     with contextlib.ExitStack() as stack:
-        records = None
-        if options.records is not None:
-            records = stack.enter_context(_opened(options.records))
         status = stack.enter_context(Console(stderr=True).status("warming up"))
         experiment = Experiment(
             options,
             connector(options),
-            records=records,
+            open_records=lambda: _opened(options.records),
             on_run=lambda slot: status.update(_line(slot)),
         )
         stack.enter_context(_first_error())
@@ -95,23 +104,33 @@ def _line(slot: Slot) -> str:
     return f"repeat {slot.repeat + 1}: {slot.endpoint} {slot.point}"
 
 
-def _opened(path: Path) -> TextIO:
+@contextlib.contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO | None]:
     """By lines: what has been measured survives whatever ends the process."""
+    if path is None:
+        yield None
+        return
     try:
-        return path.open("w", encoding="utf-8", buffering=1)
+        file = path.open("w", encoding="utf-8", buffering=1)
     except OSError as error:
         raise errors.InvalidArgument("--records", str(error)) from None
+    try:
+        yield file
+    finally:
+        # What a full disk did not take is still in the buffer; that was noted when it was written.
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 @contextlib.contextmanager
 def _first_error() -> Iterator[None]:
     """Unwraps a domain error from the groups in which tasks wrap it."""
+    from chiasm.bench.experiment import first_error
+
     try:
         yield
     except BaseExceptionGroup as group:
-        found: BaseException = group
-        while isinstance(found, BaseExceptionGroup):
-            found = found.exceptions[0]
+        found = first_error(group)
         if isinstance(found, errors.ChiasmError):
             raise found from None
         raise

@@ -64,10 +64,9 @@ def convert(
         )
         plan = make(model, options)
         manifest = _run(plan, out, options)
-        document = _report(plan, manifest)
+        document = _report(plan, manifest, out)
         if eval_samples:
-            document["quality"] = _compare(model, out, eval_samples)
-        (out / REPORT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            _compare(model, out, eval_samples, document)
 
 
 def _run(plan: Plan, out: Path, options: Options) -> Manifest:
@@ -82,23 +81,29 @@ def _run(plan: Plan, out: Path, options: Options) -> Manifest:
         return stream.run(plan, out, importance=importance, on_bytes=advance)
 
 
-def _report(plan: Plan, manifest: Manifest) -> dict[str, Any]:
+def _report(plan: Plan, manifest: Manifest, out: Path) -> dict[str, Any]:
     from chiasm.convert import report
 
     rows = report.rows(plan, manifest)
+    document = report.document(rows)
+    _write(out, document)
     _console().print(report.table(rows))
-    return report.document(rows)
+    return document
 
 
-def _compare(model: Path, out: Path, num_samples: int) -> dict[str, Any]:
+def _compare(model: Path, out: Path, num_samples: int, document: dict[str, Any]) -> None:
     from chiasm.convert import quality
 
     with Console(stderr=True).status("asking") as status:
         found = quality.compare(
             model, out, num_samples, on_task=lambda task: status.update(f"asking: {task}")
         )
+    _write(out, document | {"quality": quality.document(found)})
     _console().print(quality.table(found))
-    return quality.document(found)
+
+
+def _write(out: Path, document: dict[str, Any]) -> None:
+    (out / REPORT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _console() -> Console:

@@ -43,10 +43,12 @@ def evaluate(
         if json_file is not None and not json_file.parent.is_dir():
             raise errors.InvalidArgument("--json", f"there is no folder {str(json_file.parent)!r}")
         scores = asyncio.run(_evaluate(endpoint, access, samples))
-        width = None if Console().is_terminal else WIDTH
-        Console(highlight=False, width=width).print(table(scores))
-        if json_file is not None:
-            _write(json_file, scores)
+        try:
+            if json_file is not None:
+                _write(json_file, scores)
+        finally:
+            width = None if Console().is_terminal else WIDTH
+            Console(highlight=False, width=width).print(table(scores))
     if not all(score.is_passed for score in scores):
         raise typer.Exit(failures.FAILED)
 
