@@ -115,7 +115,11 @@ class Unauthenticated(ChiasmError):
     default_reason = "UNAUTHENTICATED"
 
 
+_CANCELLED = 1
 _BY_CODE: dict[int, type[ChiasmError]] = {
+    # By the peer: whoever gives a call up himself hears of no status.
+    _CANCELLED: Unavailable,
+} | {
     cls.code: cls
     for cls in (
         DeadlineExceeded,

@@ -89,7 +89,7 @@ class AsyncClient:
                 metadata = calls.metadata(request_id, self._credentials)
             call = self._stub.Generate(
                 request,
-                timeout=self._timeout_s if timeout_s is None else timeout_s,
+                timeout=calls.bound_s(timeout_s, self._timeout_s),
                 metadata=metadata,
             )
             try:
@@ -142,7 +142,7 @@ class AsyncClient:
         with calls.rpc_errors():
             answer = await self._stub.CountTokens(
                 request,
-                timeout=self._timeout_s if timeout_s is None else timeout_s,
+                timeout=calls.bound_s(timeout_s, self._timeout_s),
                 metadata=calls.metadata(calls.new_request_id(""), self._credentials),
             )
         return codec.usage(answer.usage)
@@ -163,14 +163,15 @@ class AsyncClient:
         health = health_pb2_grpc.HealthStub(self._channel)
         request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
         polls = calls.Polls(timeout_s, self._endpoint)
-        while True:
-            try:
-                answer = await health.Check(
-                    request, timeout=polls.left_s(), metadata=self._credentials
-                )
-            except grpc.RpcError as error:
-                polls.failed(error)
-            else:
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            await asyncio.sleep(polls.pause_s())
+        with calls.rpc_errors():
+            while True:
+                try:
+                    answer = await health.Check(
+                        request, timeout=polls.left_s(), metadata=self._credentials
+                    )
+                except grpc.RpcError as error:
+                    polls.failed(error)
+                else:
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                await asyncio.sleep(polls.pause_s())

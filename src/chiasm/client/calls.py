@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
@@ -30,6 +31,11 @@ SERVICE = "chiasm.v1.Inference"
 _POLL_S = 0.1
 
 
+def bound_s(given: float | None, default: float) -> float:
+    """Bound of a call in seconds: the caller's own, or the client's."""
+    return default if given is None else given
+
+
 def new_request_id(request_id: str) -> str:
     """The caller's id, or a fresh one: the same id then stands in request, metadata and logs."""
     return request_id or uuid.uuid4().hex
@@ -54,11 +60,16 @@ def credentials(api_key: str) -> traces.Metadata:
 
 @contextlib.contextmanager
 def rpc_errors() -> Iterator[None]:
-    """Failed calls leave as chiasm.errors."""
+    """Failed calls leave as chiasm.errors, those that `close` ends too."""
     try:
         yield
     except grpc.RpcError as error:
         raise status.from_rpc_error(error) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise errors.Unavailable("the client was closed") from None
 
 
 def start_span(prompt: Prompt, options: Options) -> Span:
@@ -111,13 +122,16 @@ class Polls:
     def __init__(self, timeout_s: float, endpoint: str) -> None:
         self._end_s = time.monotonic() + timeout_s
         self._timeout_s, self._endpoint = timeout_s, endpoint
+        self._last: errors.ChiasmError | None = None
 
     def left_s(self) -> float:
         """Seconds for the next try. Raises Unavailable when there are none."""
         left = self._end_s - time.monotonic()
         if left <= 0:
+            cause = f": {self._last}" if self._last else ""
             raise errors.Unavailable(
-                f"{self._endpoint} was not ready within {self._timeout_s:g} s", retry_after_s=1.0
+                f"{self._endpoint} was not ready within {self._timeout_s:g} s{cause}",
+                retry_after_s=1.0,
             )
         return left
 
@@ -126,6 +140,9 @@ class Polls:
         found = status.from_rpc_error(error)
         if isinstance(found, errors.Unauthenticated):
             raise found from None
+        # The last try is cut short by the end of the time, which tells nothing.
+        if self._last is None or not isinstance(found, errors.DeadlineExceeded):
+            self._last = found
 
     def pause_s(self) -> float:
         """Seconds to sleep before the next try."""

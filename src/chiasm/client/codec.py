@@ -240,7 +240,7 @@ def _choice_finished(choice: inference_pb2.ChoiceFinished) -> events.ChoiceFinis
     stop = choice.WhichOneof("stop")
     return events.ChoiceFinished(
         index=choice.index,
-        reason=_reason(choice.reason),
+        reason=_REASONS.get(choice.reason, "other"),
         stop=None if stop is None else getattr(choice, stop),
         completion_tokens=choice.completion_tokens,
     )
@@ -248,16 +248,10 @@ def _choice_finished(choice: inference_pb2.ChoiceFinished) -> events.ChoiceFinis
 
 def _finished(finished: inference_pb2.Finished) -> events.Finished:
     return events.Finished(
-        reason=_reason(finished.reason),
+        reason=_REASONS.get(finished.reason, "other"),
         usage=usage(finished.usage),
         timings=_copy(events.Timings, finished.timings),
     )
-
-
-def _reason(reason: int) -> events.FinishReason:
-    if reason not in _REASONS:
-        raise errors.Internal(f"the server sent finish reason {reason}")
-    return _REASONS[reason]
 
 
 def usage(message: inference_pb2.Usage) -> events.Usage:

@@ -8,7 +8,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "other"]
+"""Other: one that a newer server has and this client does not know."""
+
 Logits = npt.NDArray[np.float32]
 
 

@@ -83,9 +83,7 @@ class Client:
         )
         request_id = calls.new_request_id(request_id)
         request = codec.generate_request(prompt, options, request_id=request_id)
-        return self._stream(
-            prompt, options, request, self._timeout_s if timeout_s is None else timeout_s
-        )
+        return self._stream(prompt, options, request, calls.bound_s(timeout_s, self._timeout_s))
 
     def _stream(
         self,
@@ -148,7 +146,7 @@ class Client:
         with calls.rpc_errors():
             answer = self._stub.CountTokens(
                 request,
-                timeout=self._timeout_s if timeout_s is None else timeout_s,
+                timeout=calls.bound_s(timeout_s, self._timeout_s),
                 metadata=calls.metadata(calls.new_request_id(""), self._credentials),
             )
         return codec.usage(answer.usage)

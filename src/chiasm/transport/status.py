@@ -45,9 +45,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Chias
 
 
 def from_rpc_error(error: grpc.RpcError) -> errors.ChiasmError:
-    """The domain error a failed call stands for."""
+    """The domain error a failed call stands for; without a reason of its own, the status's name."""
     code = error.code().value[0]
-    reason, field, retry_after_s = None, "", None
+    reason, field, retry_after_s = error.code().name, "", None
     for detail in _details(error):
         info = error_details_pb2.ErrorInfo()
         bad_request = error_details_pb2.BadRequest()
