@@ -84,6 +84,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             max_media_bytes=settings.max_media_bytes,
             max_image_pixels=settings.max_image_pixels,
             dtype=settings.dtype,
+            max_request_media_bytes=settings.max_request_media_bytes,
+            max_text_bytes=settings.max_text_bytes,
+            max_prompt_logits_bytes=settings.max_prompt_logits_bytes,
         )
 
     async def drain(self) -> None:

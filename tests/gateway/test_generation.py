@@ -392,3 +392,5 @@ async def test_get_model(stack: Stack, client: AsyncClient) -> None:
     assert (model.name, model.max_context_tokens) == ("tiny", 4096)
     assert (model.max_media_items, model.max_media_bytes) == (3, 100_000)
     assert model.vocab_size == stack.config.text.vocab_size
+    assert model.max_request_media_bytes == 150_000
+    assert (model.max_text_bytes, model.max_prompt_logits_bytes) == (5_000, 200_000)

@@ -185,3 +185,6 @@ class Model:
     max_media_bytes: int
     max_image_pixels: int
     dtype: str
+    max_request_media_bytes: int
+    max_text_bytes: int
+    max_prompt_logits_bytes: int
