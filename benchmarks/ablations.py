@@ -4,7 +4,8 @@
 
 Every run has the preset `ablation`: the bundled model's dimensions and recipe, the tasks that are
 learnt first, the same steps on the same samples. Accuracy is exact match on held-out samples; the
-loads are those of held-out samples, too. Runs that are done are kept in --out.
+loads are those of held-out samples, too. Runs that are done are kept in --out, and those that were
+stopped go on; their seconds are then those since.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from chiasm.training.data.encode import Encoder
 from chiasm.training.losses import orthogonality
 from chiasm.training.model import TrainingModel
 from chiasm.training.routing import Usage, add_usage
-from chiasm.training.run import RunConfig, start
+from chiasm.training.run import RUN, RunConfig, resume, start
 from chiasm.training.score import exact_match, load_entropy
 from chiasm.types import Modality
 
@@ -62,7 +63,10 @@ def _run(out: Path, variant: str | None, seed: int) -> dict[str, Any]:
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
         return found
-    trainer = start(directory, RunConfig(preset="ablation", ablation=variant, seed=seed))
+    if (directory / RUN).exists():
+        trainer = resume(directory)
+    else:
+        trainer = start(directory, RunConfig(preset="ablation", ablation=variant, seed=seed))
     began = time.monotonic()
     trainer.run(lambda _: None)
     seconds = time.monotonic() - began

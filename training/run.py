@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from chiasm.errors import InvalidArgument
+from chiasm.errors import InvalidArgument, NotFound
 from chiasm.model.config import ModelConfig
 from chiasm.training import checkpoint, presets
 from chiasm.training.data import tokenizer
@@ -22,7 +22,8 @@ from chiasm.training.metrics import plot
 from chiasm.training.model import TrainingModel, initialize
 from chiasm.training.presets import Preset, Stage
 
-_RUN = "run.json"
+RUN = "run.json"
+"""What says how a run began; there from its beginning on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,24 +50,28 @@ def start(directory: Path, config: RunConfig) -> Trainer:
     )
     model = _model(preset, description)
     initialize(model, config.seed)
-    (directory / _RUN).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (directory / RUN).write_text(json.dumps(asdict(config), indent=2) + "\n")
     return Trainer(preset, model, _source(directory, config.seed), directory)
 
 
 def resume(directory: Path) -> Trainer:
-    """Goes on from the newest checkpoint of the run in `directory`.
+    """Goes on from the newest checkpoint of the run in `directory`; without one, from the start.
 
-    Raises NotFound without a checkpoint, InvalidArgument where it is not one of this run.
+    Raises InvalidArgument where there is no run, or a checkpoint is not one of this run.
     """
-    newest = checkpoint.newest(directory / "checkpoints")
     try:
-        config = RunConfig(**json.loads((directory / _RUN).read_text()))
+        config = RunConfig(**json.loads((directory / RUN).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise InvalidArgument("resume", f"{directory / _RUN}: {error}") from None
+        raise InvalidArgument("resume", f"{directory / RUN}: {error}") from None
     preset = config.find()
     model = _model(preset, ModelConfig.load(directory / "description"))
-    source = _source(directory, config.seed)
-    return Trainer(preset, model, source, directory, resume=newest)
+    newest: Path | None
+    try:
+        newest = checkpoint.newest(directory / "checkpoints")
+    except NotFound:
+        newest = None
+        initialize(model, config.seed)
+    return Trainer(preset, model, _source(directory, config.seed), directory, resume=newest)
 
 
 def train(

@@ -26,6 +26,7 @@ from chiasm.training.loop import Source, StepReport, Trainer
 from chiasm.training.model import Part, part_of
 from chiasm.training.optimizer import Schedule
 from chiasm.training.presets import Preset, Stage
+from chiasm.training.run import RunConfig, resume, start
 from chiasm.types import Grid
 
 SEGMENTS = [(9, [Grid(1, 4, 6)]), (20, []), (14, [Grid(4, 2, 4)])]
@@ -97,6 +98,20 @@ def test_interrupted_and_not_give_the_same_bits(
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "find", lambda *_: short_preset(1, 1, 1, 1))
+    config = RunConfig(seed=3)
+    begun, again = start(tmp_path / "run", config), resume(tmp_path / "run")
+    assert again.progress == checkpoint.Progress()
+    expected, found = state(begun), state(again)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    with pytest.raises(InvalidArgument, match="resume"):
+        resume(tmp_path / "nowhere")
 
 
 def test_the_first_stages_leave_vision_alone(tmp_path: Path) -> None:
@@ -212,3 +227,12 @@ def test_the_command_refuses_what_does_not_exist(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert arguments[0].removeprefix("--") in result.stderr
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--preset", "bundled"], ["--seed", "0"], ["--out", "run"], ["--stage", "joint"]]
+)
+def test_a_run_that_goes_on_takes_no_new_settings(flags: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), *flags])
+    assert result.exit_code == 2
+    assert f"no {flags[0]}" in result.stderr

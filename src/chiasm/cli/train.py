@@ -11,8 +11,11 @@ from rich.console import Console
 from chiasm.cli import failures
 from chiasm.errors import InvalidArgument
 
+_OF_A_NEW_RUN = ("preset", "out", "stage", "ablation", "seed")
+
 
 def train(
+    context: typer.Context,
     preset: Annotated[
         str, typer.Option(help="What to train: bundled, smoke or ablation.")
     ] = "bundled",
@@ -37,8 +40,10 @@ def train(
     from chiasm.training.progress import watching
 
     with failures.reported():
-        if resume is not None and (stage or ablation):
-            raise InvalidArgument("resume", "a run goes on as it began: no --stage, no --ablation")
+        for name in _OF_A_NEW_RUN if resume is not None else ():
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                raise InvalidArgument("--resume", f"a run goes on as it began: no --{name}")
         if resume is not None:
             trainer, directory = run.resume(resume), resume
         else:
