@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from benchmarks import (
@@ -47,7 +48,10 @@ def report(line: str) -> None:
 
 
 def main() -> None:
-    """Runs the cases named on the command line, or all, on --model or one made for the run."""
+    """Runs the cases named on the command line, or all, on --model or one made for the run.
+
+    Exit status: 1 when one fails; the others are run all the same.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--model", type=Path, help="checkpoint; default: a tiny one, made now")
@@ -60,13 +64,23 @@ def main() -> None:
         model = options.model or Path(scratch) / "tiny"
         if options.model is None:
             synthesize(model, preset="tiny", seed=0)
-        for name in names:
-            report(
-                f"== {name}: {(sys.modules[CASES[name].__module__].__doc__ or '').splitlines()[0]}"
-            )
-            with documents.measuring(name) as found:
-                found["model"] = model.name
-                found["result"] = CASES[name](model, report)
+        failed = [name for name in names if not _run(name, model)]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def _run(name: str, model: Path) -> bool:
+    """Whether the case came to its end. One that fails leaves its older result, and the others."""
+    case = CASES[name]
+    report(f"== {name}: {(sys.modules[case.__module__].__doc__ or '').splitlines()[0]}")
+    try:
+        with documents.measuring(name) as found:
+            found["model"] = model.name
+            found["result"] = case(model, report)
+    except Exception:
+        report(traceback.format_exc())
+        return False
+    return True
 
 
 if __name__ == "__main__":

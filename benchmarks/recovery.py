@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +103,8 @@ def _answer(stack: Cluster, disturb: Callable[[], object]) -> Run:
     """Streams one answer and disturbs it, from another thread, after some tokens."""
     tokens: list[int] = []
     longest, last = 0.0, None
-    thread = threading.Thread(target=disturb)
-    with Client(stack.endpoint, timeout_s=120) as client:
+    disturbed: Future[object] | None = None
+    with ThreadPoolExecutor(1) as thread, Client(stack.endpoint, timeout_s=120) as client:
         for event in client.generate(PROMPT, sampling=SAMPLING):
             if not isinstance(event, Delta):
                 continue
@@ -114,9 +114,12 @@ def _answer(stack: Cluster, disturb: Callable[[], object]) -> Run:
                 last = now
             elif len(tokens) >= BEFORE:
                 last = now
-                thread.start()
+                disturbed = thread.submit(disturb)
             tokens += event.token_ids
-    if thread.is_alive():
+        is_disturbed = disturbed is not None and disturbed.done()
+    if disturbed is not None:
+        disturbed.result()
+    if not is_disturbed:
         raise AssertionError("the answer was over before the failure")
     return Run(token_ids=tokens, longest_gap_s=longest)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +31,12 @@ PROMPTS = np.random.default_rng(0)
 INSIDE, LANE, STREAM = "colocated", "shared memory", "gRPC stream"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Tokens a second, round by round: decode by batch size, and prefill of one long prompt."""
-
-    decode: dict[int, list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
-    prefill: list[float] = field(default_factory=list)
-
-    def best(self) -> dict[str, float]:
-        """Of all rounds: what the machine's other work disturbs least."""
-        found = {f"decode, batch {batch}": max(speeds) for batch, speeds in self.decode.items()}
-        return {**found, "prefill": max(self.prefill)}
+Rounds = Mapping[str, Sequence[float]]
+"""Tokens a second, round by round: of decoding by batch size, and of one long prompt's prefill."""
 
 
 def run(model: Path, report: Callable[[str], None]) -> dict[str, object]:
-    """Measures the arrangements of `model`; returns speeds and what share of colocated they are."""
+    """Measures the arrangements of `model`; returns speeds and their share of colocated ones."""
     config = StackConfig(model=model, text_shards=2, vision_shards=2, dtype="float32")
     arrangements = {
         INSIDE: (replace(config, colocate=True), True),
@@ -56,24 +49,37 @@ def run(model: Path, report: Callable[[str], None]) -> dict[str, object]:
             for name, arrangement in arrangements.items()
         }
         speeds = asyncio.run(_measure(endpoints))
-    best = {name: speed.best() for name, speed in speeds.items()}
-    ratios = {
-        name: {what: speed / best[INSIDE][what] for what, speed in found.items()}
-        for name, found in best.items()
+    ratios = over_colocated(speeds)
+    for name, found in speeds.items():
+        listed = ", ".join(f"{what} {statistics.median(s):.0f}" for what, s in found.items())
+        report(f"{name}: tokens/s: {listed}")
+    for line in lines(ratios):
+        report(line)
+    return {"dtype": config.dtype, "rounds": speeds, "over_colocated": ratios}
+
+
+def over_colocated(speeds: Mapping[str, Rounds]) -> dict[str, dict[str, list[float]]]:
+    """What share of the speed inside the decoder the others have, round by round: neighbours in
+    time, so that a drift of the machine meets both."""
+    inside = speeds[INSIDE]
+    return {
+        name: {
+            what: [speed / base for speed, base in zip(found[what], inside[what], strict=True)]
+            for what in found
+        }
+        for name, found in speeds.items()
         if name != INSIDE
     }
-    for name, found in best.items():
-        listed = ", ".join(f"{what} {speed:.0f}" for what, speed in found.items())
-        report(f"{name}: tokens/s: {listed}")
+
+
+def lines(ratios: Mapping[str, Rounds]) -> Iterator[str]:
+    """The ratios for a reader: medians, and their range."""
     for name, found in ratios.items():
-        listed = ", ".join(f"{what} {ratio:.2f}" for what, ratio in found.items())
-        report(f"{name} / {INSIDE}: {listed}")
-    return {
-        "dtype": config.dtype,
-        "rounds": {n: {"decode": s.decode, "prefill": s.prefill} for n, s in speeds.items()},
-        "best_tokens_per_s": best,
-        "over_colocated": ratios,
-    }
+        listed = ", ".join(
+            f"{what} {statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})"
+            for what, r in found.items()
+        )
+        yield f"{name} / {INSIDE}: {listed}"
 
 
 @contextmanager
@@ -88,8 +94,8 @@ def _started(config: StackConfig, lane: bool) -> Iterator[str]:
         stack.stop()
 
 
-async def _measure(endpoints: dict[str, str]) -> dict[str, Speed]:
-    speeds = {name: Speed() for name in endpoints}
+async def _measure(endpoints: dict[str, str]) -> dict[str, dict[str, list[float]]]:
+    speeds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in endpoints}
     async with AsyncExitStack() as open_clients:
         clients = {
             name: await open_clients.enter_async_context(AsyncClient(endpoint))
@@ -102,10 +108,10 @@ async def _measure(endpoints: dict[str, str]) -> dict[str, Speed]:
             for batch in BATCHES:
                 for name, client in clients.items():
                     seconds = await batch_seconds(client, batch, 16, NEW_TOKENS)
-                    speeds[name].decode[batch].append(batch * NEW_TOKENS / seconds)
+                    speeds[name][f"decode, batch {batch}"].append(batch * NEW_TOKENS / seconds)
             for name, client in clients.items():
                 seconds = await batch_seconds(client, 1, PREFILL_TOKENS, 1)
-                speeds[name].prefill.append(PREFILL_TOKENS / seconds)
+                speeds[name]["prefill"].append(PREFILL_TOKENS / seconds)
     return speeds
 
 
