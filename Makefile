@@ -14,7 +14,7 @@ help: ## Show the targets
 
 $(INSTALLED): $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit("chiasm needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet -c constraints-cpu.txt torch
 	$(PIP) install --quiet -c constraints-cpu.txt -e .
 	touch $@

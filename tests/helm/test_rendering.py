@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import kubernetes_validate.utils
 import pytest
 import yaml
 from helm.rendering import CHART, EXAMPLES, KUBE_VERSION, manifest, objects, refusal
-from helm_cli import helm
+from helm_cli import binary, helm
 
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
 
@@ -266,3 +267,9 @@ def test_a_release_named_like_a_number() -> None:
 
 def test_probes_can_be_left_out_where_the_kubelet_has_no_grpc() -> None:
     assert "probe:" not in manifest("probes.enabled=false", kube="1.20.2").lower()
+
+
+def test_a_machine_that_cannot_run_helm_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    with pytest.raises(pytest.skip.Exception, match="x86-64"):
+        binary.__wrapped__()
