@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from importlib import import_module
 
 import grpc
 import pytest
@@ -234,3 +235,21 @@ def test_status_command_shows_the_members(spawn: Spawn) -> None:
     table = CliRunner().invoke(app, ["status", "--endpoint", control], env={"COLUMNS": "200"})
     for text in ("expert-pool", at, "text 0,2/3", "no server for text 1"):
         assert text in table.stdout
+
+
+async def test_following_ends_with_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    command, written = import_module("chiasm.cli.status"), list[Topology]()
+
+    def write(topology: Topology) -> None:
+        if written:
+            raise BrokenPipeError
+        written.append(topology)
+
+    monkeypatch.setattr(command, "_write_json", write)
+    watcher = TopologyWatcher("")
+    following = asyncio.create_task(command._follow(watcher, as_json=True))
+    await asyncio.sleep(0)
+    assert written == [watcher.current]
+    watcher._publish(Topology(instance_id="changed"))
+    with pytest.raises(BrokenPipeError):
+        await asyncio.wait_for(following, WAIT_S)

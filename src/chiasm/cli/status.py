@@ -76,9 +76,12 @@ async def _status(address: str, *, as_json: bool, watch: bool) -> None:
 async def _follow(watcher: TopologyWatcher, *, as_json: bool) -> None:
     """Runs until interrupted: a table that changes in place, or a JSON object for every change."""
     if as_json:
-        _write_json(watcher.current)
-        watcher.subscribe(_write_json)
-        await asyncio.Event().wait()
+        topologies: asyncio.Queue[Topology] = asyncio.Queue()
+        topologies.put_nowait(watcher.current)
+        watcher.subscribe(topologies.put_nowait)
+        while True:
+            # Not as the watcher calls back: a reader that goes away, as `head` does, ends this task.
+            _write_json(await topologies.get())
     with Live(table(watcher.current), console=Console(), auto_refresh=False) as live:
         while True:
             live.update(table(watcher.current), refresh=True)
