@@ -196,6 +196,7 @@ def test_trace_at_its_own_times_and_stretched(tmp_path: Path) -> None:
     [
         {"rate": 1, "concurrency": 1},
         {"dataset": "trace"},
+        {"dataset": "random", "trace": "t.jsonl"},
         {"prefix_groups": 2},
         {"compare": ["a=x"]},
         {"compare": ["a=x", "a=y"]},

@@ -100,12 +100,19 @@ class GrpcBackend:
         try:
             async with aclosing(events):
                 async for event in events:
-                    if isinstance(event, client.Delta) and event.token_ids:
-                        yield Tokens(len(event.token_ids), event.text, event.token_ids)
+                    if isinstance(event, client.Delta):
+                        if self._is_heard(event):
+                            yield Tokens(len(event.token_ids), event.text, event.token_ids)
                     elif isinstance(event, client.Finished):
                         yield _done(event)
         except errors.ChiasmError as error:
             raise RequestFailed(error.reason, error.message) from None
+
+    def _is_heard(self, delta: client.Delta) -> bool:
+        """In a chat it is text that counts, as over HTTP."""
+        if self._form == "chat":
+            return bool(delta.text or delta.reasoning_text)
+        return bool(delta.token_ids)
 
     def _token_prompt(self, history: Sequence[Exchange], turn: Turn) -> client.Tokens:
         token_ids: list[int] = []

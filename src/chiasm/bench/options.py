@@ -188,6 +188,9 @@ class BenchOptions(WorkloadOptions):
     def _fits_together(self) -> Self:
         if self.dataset == "trace" and self.trace is None:
             raise ValueError("--dataset trace needs --trace FILE")
+        is_random = self.dataset == "random" and "dataset" in self.model_fields_set
+        if is_random and self.trace is not None:
+            raise ValueError("--trace is not for --dataset random")
         if bool(self.prefix_groups) != bool(self.prefix_tokens):
             raise ValueError("--prefix-groups and --prefix-tokens go together")
         if sum((self.concurrency is not None, self.rate is not None, bool(self.sweep))) > 1:
