@@ -86,6 +86,16 @@ def test_a_process_that_dies_at_the_start_is_named_and_nothing_stays(
     assert not any(is_running(pid) for pid in pids)
 
 
+def test_demo_shows_the_log_of_what_died_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: LocalStack) -> str:
+        raise errors.Unavailable("decoder died during the start:\n  line 1\n  line 2")
+
+    monkeypatch.setattr(LocalStack, "start", start)
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[1:] == ["  line 1", "  line 2"]
+
+
 def test_interrupted_start_leaves_nothing(broken_model: Path) -> None:
     stack = LocalStack(StackConfig(model=broken_model))
     stack.interrupt()

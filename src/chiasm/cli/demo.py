@@ -28,7 +28,7 @@ def demo(
     with failures.reported():
         stack = LocalStack(StackConfig(model=model))
         try:
-            with console.status("starting the services"):
+            with failures.of_a_start(), console.status("starting the services"):
                 endpoint = stack.start()
             console.print(_processes(stack))
             with Client(endpoint) as client:

@@ -26,6 +26,16 @@ def exit_status(error: errors.ChiasmError) -> int:
 
 
 @contextlib.contextmanager
+def of_a_start() -> Iterator[None]:
+    """Ends the command for a system that does not start, whose error holds lines of a log."""
+    try:
+        yield
+    except errors.Unavailable as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise typer.Exit(FAILED) from None
+
+
+@contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Ends the command for a domain error that leaves the block."""
     try:

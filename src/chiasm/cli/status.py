@@ -80,7 +80,7 @@ async def _follow(watcher: TopologyWatcher, *, as_json: bool) -> None:
         topologies.put_nowait(watcher.current)
         watcher.subscribe(topologies.put_nowait)
         while True:
-            # Not as the watcher calls back: a reader that goes away, as `head` does, ends this task.
+            # Not in the callback: a reader that goes away, as `head` does, ends this task.
             _write_json(await topologies.get())
     with Live(table(watcher.current), console=Console(), auto_refresh=False) as live:
         while True:

@@ -103,12 +103,10 @@ def _run(stack: LocalStack) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
     try:
-        address = _start(stack)
+        with failures.of_a_start():
+            address = _start(stack)
     except Interrupted:
         return
-    except errors.Unavailable as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise typer.Exit(failures.FAILED) from None
     try:
         with running.published(stack.orchestrator):
             log.info("up", orchestrator=stack.orchestrator, logs=str(stack.log_dir))
