@@ -40,7 +40,7 @@ class PoolUnavailable(errors.Unavailable):
     """A pool could not answer within the dispatch's time over all attempts."""
 
     def __init__(self, modality: Modality, message: str) -> None:
-        super().__init__(message, reason="EXPERT_POOL_UNAVAILABLE", retry_after_s=1.0)
+        super().__init__(message, reason=errors.EXPERT_POOL_UNAVAILABLE, retry_after_s=1.0)
         self.modality = modality
 
 

@@ -14,9 +14,6 @@ from chiasm.transport import status, tensors
 from chiasm.transport.channel import open_channel
 from chiasm.v1 import decoder_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
 
-EVICTED = "EMBEDDING_EVICTED"
-"""Reason of NOT_FOUND for embeddings that have to be made again."""
-
 _ENCODER_AWAY = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -94,7 +91,8 @@ class EmbeddingStore:
             if channel is not None:
                 await channel.close(None)
         return errors.NotFound(
-            f"the encoder at {ref.encoder_address} is away: {error.details()}", reason=EVICTED
+            f"the encoder at {ref.encoder_address} is away: {error.details()}",
+            reason=errors.EMBEDDING_EVICTED,
         )
 
     def _rows(

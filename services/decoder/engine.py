@@ -330,7 +330,7 @@ class Engine:
                     sequence,
                     errors.Unavailable(
                         "an expert pool the request needs is away",
-                        reason="EXPERT_POOL_UNAVAILABLE",
+                        reason=errors.EXPERT_POOL_UNAVAILABLE,
                         retry_after_s=5.0,
                     ),
                 )

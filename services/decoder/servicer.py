@@ -68,7 +68,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         engine = self._ready_engine()
         if self._is_draining:
             raise errors.Unavailable(
-                "the decoder is draining", reason="DRAINING", retry_after_s=1.0
+                "the decoder is draining", reason=errors.DRAINING, retry_after_s=1.0
             )
         wire.check(request, self._config)
         await self._vacant(request.request_id)

@@ -70,7 +70,7 @@ class Answers:
         """Queues a dispatch; when it may not be, it is refused at once. From any thread."""
         try:
             if self.is_draining:
-                raise errors.Unavailable("server is draining", reason="DRAINING")
+                raise errors.Unavailable("server is draining", reason=errors.DRAINING)
             if self._worker.num_jobs >= self._max_queued:
                 raise errors.ResourceExhausted("dispatch queue is full", retry_after_s=0.05)
         except errors.ChiasmError as error:

@@ -22,9 +22,6 @@ from chiasm.transport.membership import TopologyWatcher
 from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
 
-EVICTED = "EMBEDDING_EVICTED"
-"""Reason of NOT_FOUND when an encoder no longer holds the embeddings of a request."""
-
 MAX_RESUMES = 3
 """Decoders one answer may outlive. A request that brings decoders down must not go through all."""
 

@@ -15,7 +15,7 @@ from chiasm.model.tokenizer import Tokenizer
 from chiasm.services.gateway import grammars, thinking
 from chiasm.services.gateway.answer import Answer
 from chiasm.services.gateway.deadline import Deadline
-from chiasm.services.gateway.decoders import EVICTED, Decoders, Home
+from chiasm.services.gateway.decoders import Decoders, Home
 from chiasm.services.gateway.domain import Generation, Usage
 from chiasm.services.gateway.merging import merged
 from chiasm.services.gateway.observation import Observation
@@ -197,7 +197,7 @@ class Generator:
                     yield event
                 return
             except errors.NotFound as error:
-                if error.reason != EVICTED or not encodes_left:
+                if error.reason != errors.EMBEDDING_EVICTED or not encodes_left:
                     raise self._gone(error) from None
                 log.warning("embedding_evicted", error=error.message[:256])
             finally:
@@ -210,11 +210,11 @@ class Generator:
             )
 
     def _gone(self, error: errors.NotFound) -> errors.ChiasmError:
-        if error.reason != EVICTED:
+        if error.reason != errors.EMBEDDING_EVICTED:
             return errors.Internal(f"the decoder misses something: {error.message}")
         return errors.Unavailable(
             "the embeddings of the media do not stay in the encoder's cache",
-            reason=EVICTED,
+            reason=errors.EMBEDDING_EVICTED,
             retry_after_s=self._retry_after_s,
         )
 

@@ -14,9 +14,6 @@ from chiasm.services.gateway.deadline import Deadline
 from chiasm.transport import status
 from chiasm.transport.membership import TopologyWatcher
 
-POOL_AWAY = "EXPERT_POOL_UNAVAILABLE"
-"""Reason of a decoder that has waited for an expert pool in vain."""
-
 _RETRY_PAUSE_S = 0.2
 
 
@@ -92,7 +89,7 @@ class MemberSearch:
         pool, and all have the same.
         """
         self._failed.add(member.address)
-        if error.reason == POOL_AWAY:
+        if error.reason == errors.EXPERT_POOL_UNAVAILABLE:
             if self._has_waited_for_pools:
                 raise error
             self._has_waited_for_pools = True

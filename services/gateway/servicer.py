@@ -113,7 +113,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if self._is_draining:
             raise errors.Unavailable(
                 "the gateway is shutting down",
-                reason="DRAINING",
+                reason=errors.DRAINING,
                 retry_after_s=self._settings.retry_after_s,
             )
         if call_id in self._ids:

@@ -107,7 +107,8 @@ class EncoderEngine:
         entry = self._cache.get(digest)
         if entry is None:
             raise errors.NotFound(
-                f"embeddings of {digest} are not held; encode again", reason="EMBEDDING_EVICTED"
+                f"embeddings of {digest} are not held; encode again",
+                reason=errors.EMBEDDING_EVICTED,
             )
         return entry[1]
 

@@ -43,7 +43,7 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
     ) -> encoder_pb2.EncodeResult:
         engine = self._loaded()
         if self._is_draining:
-            raise errors.Unavailable("server is draining", reason="DRAINING")
+            raise errors.Unavailable("server is draining", reason=errors.DRAINING)
         parts = aiter(requests)
         header = self._uploads.header(await next_part(parts))
         with traces.span(f"encode {header.kind}", kind=traces.SERVER) as span:

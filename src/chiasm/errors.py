@@ -19,6 +19,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+DRAINING = "DRAINING"
+"""Reason of Unavailable from a service that is shutting down."""
+
+EMBEDDING_EVICTED = "EMBEDDING_EVICTED"
+"""Reason of NotFound for embeddings that no encoder holds any more: they have to be made again."""
+
+EXPERT_POOL_UNAVAILABLE = "EXPERT_POOL_UNAVAILABLE"
+"""Reason of Unavailable from a decoder that has waited for an expert pool in vain."""
+
 
 class ChiasmError(Exception):
     """Base of all domain errors.
