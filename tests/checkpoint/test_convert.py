@@ -15,9 +15,7 @@ import pytest
 import torch
 from checkpoint.banks import bank, matrices, wide
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from chiasm.cli import app
 from chiasm.convert import calibrate, plan, quality, report, stream
 from chiasm.convert.model import WholeModel
 from chiasm.convert.plan import Options
@@ -348,19 +346,6 @@ def test_report(mixed: Path, tiny_checkpoint: Path) -> None:
     found = report.document(rows)
     assert found["by_precision"]["tcq2"]["bits_per_weight"] == pytest.approx(2.6, abs=0.1)
     assert report.table(rows).row_count == len(rows)
-
-
-def test_the_report_is_written_before_it_is_printed(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, seen = tmp_path / "out", list[dict[str, object]]()
-    file = out / "chiasm_conversion.json"
-    monkeypatch.setattr(report, "table", lambda _: seen.append(json.loads(file.read_text())) or "")
-    flags = ["--model", str(tiny_checkpoint), "--out", str(out), "--text-experts", "int8"]
-    done = CliRunner().invoke(app, ["convert", *flags])
-    assert done.exit_code == 0, done.output
-    (document,) = seen
-    assert document["layers"]
 
 
 def test_quality_of_a_conversion_and_calibration(tmp_path: Path) -> None:
