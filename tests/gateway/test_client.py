@@ -115,3 +115,14 @@ def test_a_finish_reason_of_a_newer_server_is_an_end() -> None:
     event = codec.event(finished)
     assert isinstance(event, Finished)
     assert event.reason == "other"
+
+
+async def test_a_closed_client_says_so() -> None:
+    async with peer() as address:
+        client = AsyncClient(address)
+        await client.close()
+        for _ in range(2):
+            for call in (client.get_model, client.wait_ready, lambda: client.complete("hello")):
+                async with asyncio.timeout(WAIT_S):
+                    with pytest.raises(errors.FailedPrecondition, match="closed"):
+                        await call()

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry import trace
 
+from chiasm import errors
 from chiasm.client import calls, codec, events
 from chiasm.client.assembly import Assembler
 from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
@@ -39,6 +40,7 @@ class AsyncClient:
             endpoint, max_message_bytes=calls.MAX_MESSAGE_BYTES, files=tls
         )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._is_closed = False
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -52,8 +54,13 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends all calls and the connection."""
+        """Ends all calls and the connection; later calls raise FailedPrecondition."""
+        self._is_closed = True
         await self._channel.close(None)
+
+    def _check_open(self) -> None:
+        if self._is_closed:  # grpc would wait for ever, or abort the process
+            raise errors.FailedPrecondition("the client is closed")
 
     async def generate(
         self,
@@ -82,6 +89,7 @@ class AsyncClient:
             model=model,
         )
         request_id = calls.new_request_id(request_id)
+        self._check_open()
         request = codec.generate_request(prompt, options, request_id=request_id)
         span = calls.start_span(prompt, options)
         with calls.ending(span), calls.rpc_errors():
@@ -139,6 +147,7 @@ class AsyncClient:
     ) -> events.Usage:
         """Prompt tokens by modality that `generate` would use."""
         request = codec.count_request(prompt, enable_thinking=enable_thinking, model=model)
+        self._check_open()
         with calls.rpc_errors():
             answer = await self._stub.CountTokens(
                 request,
@@ -149,6 +158,7 @@ class AsyncClient:
 
     async def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
         """The served model and the gateway's limits."""
+        self._check_open()
         with calls.rpc_errors():
             answer = await self._stub.GetModel(
                 inference_pb2.GetModelRequest(), timeout=timeout_s, metadata=self._credentials
@@ -160,6 +170,7 @@ class AsyncClient:
 
         Raises Unavailable if that takes too long, Unauthenticated for a key that is not known.
         """
+        self._check_open()
         health = health_pb2_grpc.HealthStub(self._channel)
         request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
         polls = calls.Polls(timeout_s, self._endpoint)
