@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 
 import pytest
 from gateway.harness import FakeEncoder, Stack, png
@@ -135,7 +136,23 @@ def test_data_uri(uri: str, data: bytes) -> None:
     assert data_uri(uri, field="f", max_bytes=100) == data
 
 
-def test_long_data_uri_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(errors.InvalidArgument) as caught:
-        data_uri("data:;base64," + "A" * 10_000, field="f", max_bytes=100)
+@pytest.mark.parametrize("form", [";base64,", ","])
+@pytest.mark.parametrize("character", ["A", "%41"])
+def test_long_data_uri_is_refused_before_it_is_decoded(form: str, character: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match="longer than 100 bytes") as caught:
+        data_uri(f"data:{form}{character * 10_000}", field="f", max_bytes=100)
     assert caught.value.field == "f"
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_escapes_of_a_data_uri_take_little_memory(shift: int) -> None:
+    size = 200_000
+    uri = "data:," + "A" * shift + "%42" * size
+    tracemalloc.start()
+    try:
+        data = data_uri(uri, field="f", max_bytes=size + shift)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert data == b"A" * shift + b"B" * size
+    assert peak < 40 * size
