@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from weakref import WeakValueDictionary
 
 import grpc
 import torch
@@ -22,7 +23,8 @@ _ENCODER_AWAY = (
 
 
 class EmbeddingStore:
-    """Used from the event loop only. Concurrent fetches of one digest share one stream."""
+    """Used from the event loop only. Concurrent fetches of one item share one stream, and whoever
+    holds its embeddings shares them with later ones, whether they stay in the cache or not."""
 
     def __init__(
         self, *, hidden_size: int, budget_bytes: int, timeout_s: float, max_message_bytes: int
@@ -30,8 +32,10 @@ class EmbeddingStore:
         self._hidden_size, self._timeout_s = hidden_size, timeout_s
         self._max_message_bytes = max_message_bytes
         self._cache: ByteLRU[torch.Tensor] = ByteLRU(budget_bytes)
+        self._held: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
         self._fetching: dict[str, asyncio.Task[torch.Tensor]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def get(self, ref: decoder_pb2.MediaRef, request_id: str) -> torch.Tensor:
         """Embeddings [ref.num_tokens, H].
@@ -39,26 +43,41 @@ class EmbeddingStore:
         Raises NotFound (EMBEDDING_EVICTED) when the encoder no longer has them or is away: encoding
         again, elsewhere if need be, is the way out of both.
         """
-        found, task = self._cache.get(ref.digest), self._fetching.get(ref.digest)
+        key = _key(ref)
+        found = self._cache.get(key)
+        if found is None:
+            found = self._held.get(key)
+        task = self._fetching.get(key)
         is_miss = found is None and task is None
         (metrics.EMBEDDINGS_MISSES if is_miss else metrics.EMBEDDINGS_HITS).inc()
         if found is None:
-            # A waiter that goes away must not take the others' fetch with it.
-            found = await asyncio.shield(task or self._begin(ref, request_id))
-        if found.shape[0] != ref.num_tokens:
-            raise errors.InvalidArgument(
-                "media.num_tokens", f"{ref.num_tokens}, but the encoder has {found.shape[0]}"
-            )
+            found = await self._shared(task or self._begin(ref, request_id), ref)
         return found
 
     async def close(self) -> None:
         """Closes the channels."""
         await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def _shared(
+        self, task: asyncio.Task[torch.Tensor], ref: decoder_pb2.MediaRef
+    ) -> torch.Tensor:
+        """A fetch's result. A waiter that goes away must not take the others' fetch with it."""
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+            raise errors.NotFound(
+                f"the channel to the encoder at {ref.encoder_address} was closed", reason=EVICTED
+            ) from None
 
     def _begin(self, ref: decoder_pb2.MediaRef, request_id: str) -> asyncio.Task[torch.Tensor]:
-        task = asyncio.create_task(self._fetch(ref, request_id))
-        self._fetching[ref.digest] = task
-        task.add_done_callback(lambda _: self._fetching.pop(ref.digest, None))
+        key, task = _key(ref), asyncio.create_task(self._fetch(ref, request_id))
+        self._fetching[key] = task
+        task.add_done_callback(lambda _: self._fetching.pop(key, None))
         return task
 
     async def _fetch(self, ref: decoder_pb2.MediaRef, request_id: str) -> torch.Tensor:
@@ -77,19 +96,19 @@ class EmbeddingStore:
             try:
                 rows = [self._rows(chunk.rows, ref, chunk.total_rows) async for chunk in call]
             except grpc.RpcError as error:
-                raise await self._failure(ref, error) from None
+                raise self._failure(ref, error) from None
         embeddings = torch.cat(rows) if rows else torch.empty(0, self._hidden_size)
-        self._cache.put(ref.digest, embeddings, embeddings.nbytes)
+        _check_count(ref, len(embeddings))
+        self._held[_key(ref)] = embeddings
+        self._cache.put(_key(ref), embeddings, embeddings.nbytes)
         metrics.EMBEDDINGS_BYTES.set(self._cache.num_bytes)
         return embeddings
 
-    async def _failure(self, ref: decoder_pb2.MediaRef, error: grpc.RpcError) -> errors.ChiasmError:
+    def _failure(self, ref: decoder_pb2.MediaRef, error: grpc.RpcError) -> errors.ChiasmError:
         if error.code() not in _ENCODER_AWAY:
             return status.from_rpc_error(error)
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            channel = self._channels.pop(ref.encoder_address, None)
-            if channel is not None:
-                await channel.close(None)
+            self._retire(ref.encoder_address)
         return errors.NotFound(
             f"the encoder at {ref.encoder_address} is away: {error.details()}",
             reason=errors.EMBEDDING_EVICTED,
@@ -98,14 +117,19 @@ class EmbeddingStore:
     def _rows(
         self, wire: tensor_pb2.Tensor, ref: decoder_pb2.MediaRef, total_rows: int
     ) -> torch.Tensor:
-        if total_rows != ref.num_tokens:
-            raise errors.InvalidArgument(
-                "media.num_tokens", f"{ref.num_tokens}, but the encoder has {total_rows}"
-            )
+        _check_count(ref, total_rows)
         rows = tensors.from_wire(wire, name="rows")
         if rows.ndim != 2 or rows.shape[1] != self._hidden_size:
             raise errors.DataLoss(f"the encoder sent rows of shape {tuple(rows.shape)}")
         return rows
+
+    def _retire(self, address: str) -> None:
+        """The next fetch opens a channel anew; those on the old one may still end."""
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            task = asyncio.create_task(channel.close(self._timeout_s))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
@@ -113,3 +137,16 @@ class EmbeddingStore:
                 address, max_message_bytes=self._max_message_bytes
             )
         return self._channels[address]
+
+
+def _key(ref: decoder_pb2.MediaRef) -> str:
+    """What embeddings are kept by: encoders with other settings make another number of the same
+    file."""
+    return f"{ref.digest} {ref.num_tokens}"
+
+
+def _check_count(ref: decoder_pb2.MediaRef, num_rows: int) -> None:
+    if num_rows != ref.num_tokens:
+        raise errors.InvalidArgument(
+            "media.num_tokens", f"{ref.num_tokens}, but the encoder has {num_rows}"
+        )

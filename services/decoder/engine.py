@@ -84,6 +84,10 @@ class Engine:
         """Starts the loop."""
         self._thread.start()
 
+    def check_room(self, num_coming: int) -> None:
+        """Raises ResourceExhausted when there is no room beside `num_coming` not submitted yet."""
+        self._scheduler.check_room(len(self._inbox) + num_coming)
+
     def submit(self, sequence: Sequence) -> None:
         """Hands a sequence over; its sink gets every event up to finished or failed."""
         sequence.timings.submitted = time.monotonic_ns()

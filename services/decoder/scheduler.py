@@ -98,11 +98,15 @@ class Scheduler:
         yield from self.running
         yield from self.waiting
 
+    def check_room(self, num_coming: int = 0) -> None:
+        """Raises ResourceExhausted when the queue is full once `num_coming` others are in it."""
+        if len(self.waiting) + num_coming >= self._max_waiting:
+            raise errors.ResourceExhausted("the decoder's queue is full", retry_after_s=1.0)
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises ResourceExhausted when the queue is full, or when the cache
         could not hold the sequence even if it were alone."""
-        if len(self.waiting) >= self._max_waiting:
-            raise errors.ResourceExhausted("the decoder's queue is full", retry_after_s=1.0)
+        self.check_room()
         capacity = self.blocks.num_blocks * self.blocks.block_size
         if sequence.max_tokens > capacity:
             raise errors.ResourceExhausted(

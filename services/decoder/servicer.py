@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any
 
 import grpc
@@ -58,7 +58,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self._calls: dict[str, asyncio.Task[object]] = {}
         self._aborted: set[str] = set()
         self._is_draining = False
-        self._prompt_rows_bytes = 0
+        self._prompt_rows_bytes = self._num_fetching = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -150,9 +150,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self, engine: Engine, request: decoder_pb2.DecodeRequest
     ) -> AsyncGenerator[decoder_pb2.DecodeEvent, None]:
         start = time.monotonic_ns()
-        embeddings = await asyncio.gather(
-            *(self._embeddings.get(ref, interceptors.request_id()) for ref in request.media)
-        )
+        embeddings = await self._fetch(engine, request.media) if request.media else []
         fetch_ns = time.monotonic_ns() - start if request.media else 0
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         sequence = self._sequence(request, embeddings, engine.load().kv_tokens_total)
@@ -195,6 +193,19 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                         raise error
         finally:
             engine.abort(sequence)
+
+    async def _fetch(
+        self, engine: Engine, media: Iterable[decoder_pb2.MediaRef]
+    ) -> list[torch.Tensor]:
+        """The embeddings of a request's media, if it can be queued then: they take memory."""
+        engine.check_room(self._num_fetching)
+        self._num_fetching += 1
+        try:
+            return await asyncio.gather(
+                *(self._embeddings.get(ref, interceptors.request_id()) for ref in media)
+            )
+        finally:
+            self._num_fetching -= 1
 
     def _sequence(
         self, request: decoder_pb2.DecodeRequest, embeddings: list[torch.Tensor], capacity: int
