@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 
@@ -48,8 +47,8 @@ class MemberSearch:
     """One request's search.
 
     `candidates` gives the ready members that have not failed yet. When there are none it waits: for
-    one to become ready, or a moment before the failed ones are tried again, as none is given up for
-    good. The time of parking starts with the first wait.
+    one to become ready, or before the failed ones are tried again, as none is given up for good: a
+    moment, or as long as those that refused said. The time of parking starts with the first wait.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class MemberSearch:
         self._error: errors.ChiasmError = unavailable
         self._park_timeout_s, self._deadline = park_timeout_s, deadline
         self._park: Deadline | None = None
-        self._failed: set[str] = set()
+        self._failed: dict[str, float] = {}
         self._has_waited_for_pools = False
 
     async def candidates(self) -> list[MemberInfo]:
@@ -76,11 +75,9 @@ class MemberSearch:
         too long; DeadlineExceeded when its deadline is over.
         """
         while True:
-            ready = self._ready(self._topology.current)
-            fresh = [member for member in ready if member.address not in self._failed]
-            if fresh:
+            if fresh := self._fresh(self._topology.current):
                 return fresh
-            await self._wait(has_ready=bool(ready))
+            await self._wait()
 
     def failed(self, member: MemberInfo, error: errors.ChiasmError) -> None:
         """Takes a member out until all have been tried.
@@ -88,7 +85,7 @@ class MemberSearch:
         Raises the error when a second one says that an expert pool is away: each has waited for the
         pool, and all have the same.
         """
-        self._failed.add(member.address)
+        self._failed[member.address] = max(error.retry_after_s or 0.0, _RETRY_PAUSE_S)
         if error.reason == errors.EXPERT_POOL_UNAVAILABLE:
             if self._has_waited_for_pools:
                 raise error
@@ -97,17 +94,25 @@ class MemberSearch:
             error.retry_after_s = error.retry_after_s or self._error.retry_after_s
             self._error = error
 
-    async def _wait(self, *, has_ready: bool) -> None:
+    def _fresh(self, topology: Topology) -> list[MemberInfo]:
+        return [m for m in self._ready(topology) if m.address not in self._failed]
+
+    async def _wait(self) -> None:
         self._park = self._park or self._deadline.sooner(self._park_timeout_s)
         left_s = self._park.left_s()
         if left_s <= 0:
             self._deadline.remaining_s()
             raise self._error
-        if has_ready:
-            await asyncio.sleep(min(_RETRY_PAUSE_S, left_s))
+        ready = self._ready(self._topology.current)
+        if not ready:
             self._failed.clear()
-            return
-        with self._waiting, contextlib.suppress(errors.Unavailable):
-            await self._topology.wait_for(
-                lambda topology: bool(self._ready(topology)), timeout_s=left_s, what="the member"
-            )
+        pause_s = min([left_s, *(self._failed[member.address] for member in ready)])
+        try:
+            with contextlib.nullcontext() if ready else self._waiting:
+                await self._topology.wait_for(
+                    lambda topology: bool(self._fresh(topology)),
+                    timeout_s=pause_s,
+                    what="the member",
+                )
+        except errors.Unavailable:
+            self._failed.clear()
