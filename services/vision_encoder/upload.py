@@ -11,6 +11,7 @@ import hashlib
 import io
 import re
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from chiasm.v1 import encoder_pb2
 
 CHUNK_TIMEOUT_S = 30.0
 """An upload that brings nothing for this long is given up."""
+
+UPLOAD_TIMEOUT_S = 600.0
+"""So is one that is not whole by then."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -79,7 +83,7 @@ class Uploads:
         """The file that follows its header, whole; the caller closes it.
 
         Raises InvalidArgument when it is shorter or longer than announced or its digest differs,
-        ResourceExhausted when the disk is full.
+        DeadlineExceeded when it takes too long, ResourceExhausted when the disk is full.
         """
         is_large = header.size_bytes > self._max_memory_bytes
         try:
@@ -119,12 +123,20 @@ def _empty_file(*, on_disk: bool) -> BinaryIO:
 async def _chunks(
     header: Header, requests: AsyncIterator[encoder_pb2.EncodeRequest]
 ) -> AsyncIterator[bytes]:
-    """The pieces of the file; raises InvalidArgument after the last when they are not the file."""
+    """The pieces of the file, in time; raises InvalidArgument after the last when they are not the
+    file."""
+    end = time.monotonic() + UPLOAD_TIMEOUT_S
     digest = hashlib.sha256(f"{header.kind}\0".encode())
     num_bytes = 0
     while (part := await next_part(requests)) is not None:
         if part.WhichOneof("part") != "chunk":
             raise errors.InvalidArgument("chunk", "only chunks may follow the header")
+        if time.monotonic() > end:
+            raise errors.DeadlineExceeded(
+                f"the upload took longer than {UPLOAD_TIMEOUT_S:.0f} s", reason="UPLOAD_STALLED"
+            )
+        if not part.chunk:
+            raise errors.InvalidArgument("chunk", "is empty")
         num_bytes += len(part.chunk)
         if num_bytes > header.size_bytes:
             raise errors.InvalidArgument(

@@ -64,7 +64,7 @@ def test_wrong_header_is_refused(first: encoder_pb2.EncodeRequest | None, field:
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("parts", [(FILE,), (FILE[:3], FILE[3:]), (b"", FILE[:9], b"", FILE[9:])])
+@pytest.mark.parametrize("parts", [(FILE,), (FILE[:3], FILE[3:])])
 @pytest.mark.parametrize("max_memory_bytes", [0, 9, 10])
 async def test_file_is_put_together(max_memory_bytes: int, parts: tuple[bytes, ...]) -> None:
     with await uploads(max_memory_bytes).receive(HEADER, chunks(*parts)) as file:
@@ -80,6 +80,7 @@ async def test_file_is_put_together(max_memory_bytes: int, parts: tuple[bytes, .
         ((FILE[:9],), "chunk"),
         ((FILE, b"x"), "chunk"),
         ((b"x" * 11,), "chunk"),
+        ((FILE[:3], b"", FILE[3:]), "chunk"),
         ((b"x" * 10,), "header.digest"),
     ],
 )
@@ -157,6 +158,20 @@ async def test_stalled_upload_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(upload, "CHUNK_TIMEOUT_S", 0.01)
     with pytest.raises(errors.DeadlineExceeded) as caught:
         await next_part(parts())
+    assert caught.value.reason == "UPLOAD_STALLED"
+
+
+async def test_slow_upload_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However regularly it brings a byte."""
+
+    async def parts() -> AsyncIterator[encoder_pb2.EncodeRequest]:
+        for byte in FILE:
+            await asyncio.sleep(0.01)
+            yield encoder_pb2.EncodeRequest(chunk=bytes([byte]))
+
+    monkeypatch.setattr(upload, "UPLOAD_TIMEOUT_S", 0.05)
+    with pytest.raises(errors.DeadlineExceeded) as caught:
+        await uploads().receive(HEADER, parts())
     assert caught.value.reason == "UPLOAD_STALLED"
 
 
