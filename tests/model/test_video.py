@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -186,8 +189,32 @@ def test_frame_size_is_bounded_before_decoding(film, tmp_path, config):
     with pytest.raises(InvalidArgument):  # grows behind its header's back
         preprocess_video(small + data, ours, limits=VideoLimits(max_pixels=2000))
     huge = film(_frames(1, 900, 700), container="avi", codec="png")
-    with pytest.raises(InvalidArgument, match="above 2000"):
+    with pytest.raises(InvalidArgument, match="900 x 700 pixels, limit 2000"):
         preprocess_video(huge, ours, limits=VideoLimits(max_pixels=2000))
+
+
+@pytest.mark.parametrize("container", ["flv", "mpegts", "mp4"])
+def test_opening_takes_no_memory_for_frames(container, film, tmp_path):
+    """In a process of its own, as the peak is one of processes."""
+    size = 4096
+    path = tmp_path / container
+    frames = np.zeros((1, size, size, 3), np.uint8)
+    path.write_bytes(film(frames, container=container, codec="libx264", pix_fmt="yuv420p"))
+    code = f"""
+import os, pathlib
+from chiasm.model.probe import VideoLimits, probe_video
+from processes import memory_bytes
+data, before = pathlib.Path({str(path)!r}).read_bytes(), memory_bytes(os.getpid(), "VmHWM")
+info = probe_video(data, VideoLimits())
+print(info.width, info.height, memory_bytes(os.getpid(), "VmHWM") - before)
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    width, height, taken = map(int, ran.stdout.split())
+    assert (width, height) == (size, size)
+    assert taken < size * size // 2
 
 
 def test_number_of_frames_is_bounded(film, tmp_path, config):
@@ -198,6 +225,44 @@ def test_number_of_frames_is_bounded(film, tmp_path, config):
         with pytest.raises(InvalidArgument, match="frames") as error:
             preprocess_video(data, ours, limits=VideoLimits(max_frames=11))
         assert error.value.field == "video"
+
+
+def test_pixels_of_all_frames_are_bounded(film, tmp_path, config):
+    """By what the container tells, and where it tells nothing by what comes."""
+    ours, _ = _settings(tmp_path, config)
+    for container, codec, pix_fmt in (("avi", "png", "rgb24"), ("matroska", "ffv1", "bgr0")):
+        data = film(_frames(12, 40, 36), container=container, codec=codec, pix_fmt=pix_fmt)
+        total = 12 * 40 * 36
+        preprocess_video(data, ours, limits=VideoLimits(max_decoded_pixels=total))
+        with pytest.raises(InvalidArgument, match="pixels in all frames") as error:
+            preprocess_video(data, ours, limits=VideoLimits(max_decoded_pixels=total - 1))
+        assert error.value.field == "video"
+        if container == "avi":
+            with pytest.raises(InvalidArgument, match="pixels in all frames"):
+                probe_video(data, VideoLimits(max_decoded_pixels=total - 1))
+
+
+@pytest.mark.parametrize(("damaged", "is_used"), [(3, False), (4, True)])
+def test_only_frames_that_are_used_must_be_whole(damaged, is_used, film, tmp_path, config):
+    ours, _ = _settings(tmp_path, config, min_frames=4, max_frames=6)
+    data = film(_frames(12), codec="mpeg4", pix_fmt="yuv420p")
+    with av.open(io.BytesIO(data)) as file:
+        packet = list(file.demux(video=0))[damaged]
+        middle = packet.pos + packet.size // 2
+    data = data[:middle] + bytes(40) + data[middle + 40 :]
+    if is_used:
+        with pytest.raises(InvalidArgument, match="frame 4 is damaged"):
+            preprocess_video(data, ours)
+    else:
+        assert preprocess_video(data, ours).grid.t == 6
+
+
+def test_codecs_without_decoder_are_refused(film, tmp_path, config):
+    ours, _ = _settings(tmp_path, config)
+    data = film(_frames(3), container="mov", codec="png").replace(b"png ", b"zzzz")
+    with pytest.raises(InvalidArgument, match="codec") as error:
+        preprocess_video(data, ours)
+    assert error.value.field == "video"
 
 
 def test_damaged_videos_are_refused(film, tmp_path, config):

@@ -18,6 +18,8 @@ from PIL import Image
 from chiasm.errors import InvalidArgument
 
 MAX_IMAGE_PIXELS = 100_000_000
+MAX_VIDEO_PIXELS = 36_000_000
+"""Of one frame, a little above 8K: decoders hold many frames at a time."""
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _ORIENTATION_TAG = 0x0112
@@ -38,10 +40,12 @@ Source = bytes | BinaryIO
 class VideoLimits:
     """What a video may cost."""
 
-    max_pixels: int = MAX_IMAGE_PIXELS
+    max_pixels: int = MAX_VIDEO_PIXELS
     """Most pixels of one frame."""
     max_frames: int = 108_000
     """Most frames in the file; the default is an hour at 30 per second."""
+    max_decoded_pixels: int = 100_000_000_000
+    """Most pixels of all frames together; the default is such an hour in 1280 x 720."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +61,21 @@ class VideoInfo:
 
 def check_size(field: str, width: int, height: int, max_pixels: int) -> None:
     """Raises InvalidArgument(field) for an empty picture and for one above `max_pixels`."""
-    if width < 1 or height < 1:  # FFmpeg clears a size it refuses
-        raise InvalidArgument(field, f"declares no size, or one far above {max_pixels} pixels")
+    if width < 1 or height < 1:
+        raise InvalidArgument(field, "declares no size")
     if width * height > max_pixels:
         raise InvalidArgument(
             field, f"declares {width} x {height} pixels, limit {max_pixels} in all"
+        )
+
+
+def check_length(num_frames: int, num_pixels: int, limits: VideoLimits) -> None:
+    """Raises InvalidArgument("video") for too many frames, or too many pixels in all of them."""
+    if num_frames > limits.max_frames:
+        raise InvalidArgument("video", f"has more than {limits.max_frames} frames")
+    if num_pixels > limits.max_decoded_pixels:
+        raise InvalidArgument(
+            "video", f"has more than {limits.max_decoded_pixels} pixels in all frames"
         )
 
 
@@ -101,23 +115,27 @@ def open_video(source: Source, limits: VideoLimits) -> Iterator[tuple[Any, Any]]
     """The container and its first video stream, ready to decode.
 
     Whatever FFmpeg finds wrong within the block is raised as InvalidArgument("video"); so are a
-    file without video stream and declared sizes above `limits`.
+    file without video stream, one without decoder, and declared sizes above `limits`.
     """
-    # Holds for every frame the decoder makes room for, whatever the header says; opening decodes
-    # some, too. Room has margins, so this bound is loose: check_size is the exact one.
-    bound = {"max_pixels": str(2 * limits.max_pixels + _MARGINS)}
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none", **bound}
+    options = {
+        "format_whitelist": _CONTAINERS,
+        "protocol_whitelist": "none",
+        # No decoder has this name. Opening would decode first frames of whatever size otherwise:
+        # no bound reaches the decoders of streams that are only found on the way.
+        "codec_whitelist": "none",
+    }
     try:
         with av.open(_opened(source), options=options, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise InvalidArgument("video", "has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise InvalidArgument("video", "is of a codec that has no decoder here")
             check_size("video", stream.width, stream.height, limits.max_pixels)
-            if stream.frames > limits.max_frames:
-                raise InvalidArgument(
-                    "video", f"has {stream.frames} frames, limit {limits.max_frames}"
-                )
-            stream.codec_context.options = bound
+            check_length(stream.frames, stream.frames * stream.width * stream.height, limits)
+            # Holds for every frame the decoder makes room for, whatever the header says. Room has
+            # margins, so this bound is loose: check_size is the exact one.
+            stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels + _MARGINS)}
             yield container, stream
     except (av.FFmpegError, ValueError) as error:
         raise InvalidArgument("video", f"cannot be decoded: {error}") from None

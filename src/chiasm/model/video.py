@@ -2,14 +2,14 @@
 
 Which frames to take is decided before any is decoded; then frames pass one at a time through
 stamping, resizing and patching, so memory holds one full frame and the patches of those taken, a
-byte a value, however long the video is. Frames are counted
-and decoded in presentation order; a rotation asked for by the container is not applied, as in the
-PyAV reader of transformers.
+byte a value, however long the video is. Frames are counted and decoded in presentation order, and
+a rotation asked for by the container is not applied, as in the PyAV reader of transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,14 @@ from PIL import Image, ImageDraw, ImageFont
 from chiasm.errors import InvalidArgument
 from chiasm.model.geometry import DEFAULT_FPS, num_sampled_frames, smart_resize
 from chiasm.model.patches import Patches, RawPatches, patchify, resize
-from chiasm.model.probe import Source, VideoLimits, check_size, open_video, probe_video
+from chiasm.model.probe import (
+    Source,
+    VideoLimits,
+    check_length,
+    check_size,
+    open_video,
+    probe_video,
+)
 from chiasm.model.processing import ProcessingConfig, VideoSettings
 from chiasm.types import Grid
 
@@ -96,11 +103,8 @@ def _count_frames(source: Source, limits: VideoLimits, on_frame: Callable[[], No
     """For containers that do not tell. Decodes: packets and frames are not one to one."""
     count = 0
     with open_video(source, limits) as (container, stream):
-        for _ in container.decode(stream):
+        for _ in _decoded(container, stream, limits, on_frame):
             count += 1
-            on_frame()
-            if count > limits.max_frames:
-                raise InvalidArgument("video", f"has more than {limits.max_frames} frames")
     if not count:
         raise InvalidArgument("video", "has no frame that can be decoded")
     return count
@@ -113,19 +117,36 @@ def _frames(
     wanted, last = set(indices), indices[-1]
     size: tuple[int, int] | None = None
     with open_video(source, limits) as (container, stream):
-        for index, frame in enumerate(container.decode(stream)):
-            if index > last:
+        for index, frame in enumerate(_decoded(container, stream, limits, on_frame)):
+            if index in wanted:
+                pixels = _pixels(frame, index, limits)
+                size = size or pixels.shape[:2]
+                if pixels.shape[:2] != size:
+                    raise InvalidArgument("video", f"frame {index} differs in size from the first")
+                yield pixels
+            if index == last:
                 return
-            on_frame()
-            if frame.is_corrupt:
-                raise InvalidArgument("video", f"frame {index} is damaged")
-            if index not in wanted:
-                continue
-            check_size("video", frame.width, frame.height, limits.max_pixels)
-            size = size or (frame.width, frame.height)
-            if (frame.width, frame.height) != size:
-                raise InvalidArgument("video", f"frame {index} differs in size from the first")
-            yield frame.to_ndarray(format="rgb24")
+
+
+def _decoded(
+    container: Any, stream: Any, limits: VideoLimits, on_frame: Callable[[], None]
+) -> Iterator[Any]:
+    """All frames, as long as they keep to `limits`: headers may tell less than comes."""
+    num_pixels = 0
+    for index, frame in enumerate(container.decode(stream)):
+        on_frame()
+        num_pixels += frame.width * frame.height
+        check_length(index + 1, num_pixels, limits)
+        yield frame
+
+
+def _pixels(frame: Any, index: int, limits: VideoLimits) -> np.ndarray:
+    """[H, W, 3] uint8."""
+    if frame.is_corrupt:
+        raise InvalidArgument("video", f"frame {index} is damaged")
+    check_size("video", frame.width, frame.height, limits.max_pixels)
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    return pixels
 
 
 def _frame_grid(frame: np.ndarray, processing: ProcessingConfig) -> Grid:
