@@ -138,7 +138,10 @@ def png() -> Callable[[np.ndarray], bytes]:
 
 @pytest.fixture(scope="session")
 def film() -> Callable[..., bytes]:
-    """Writes frames [T, H, W, 3]; lossless unless another codec is asked for."""
+    """Writes frames [T, H, W, 3], lossless unless another codec is asked for.
+
+    rotation: degrees counter-clockwise by which players are told to turn them.
+    """
 
     def encode(
         frames: Sequence[np.ndarray],
@@ -147,12 +150,14 @@ def film() -> Callable[..., bytes]:
         codec: str = "png",
         pix_fmt: str = "rgb24",
         fps: Fraction | int = 10,
+        rotation: int = 0,
     ) -> bytes:
         file = io.BytesIO()
         with av.open(file, "w", format=container) as output:
             stream = output.add_stream(codec, rate=fps)
             stream.height, stream.width = frames[0].shape[:2]
             stream.pix_fmt = pix_fmt
+            stream.set_display_rotation(rotation)
             for frame in frames:
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             output.mux(stream.encode(None))

@@ -105,6 +105,27 @@ def test_sizes(width, height, film, tmp_path, config):
     _assert_equal(film(frames), frames, 10.0, ours, judge)
 
 
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+@pytest.mark.parametrize(("container", "codec"), [("mov", "png"), ("matroska", "ffv1")])
+def test_frames_are_turned_as_the_container_asks(
+    rotation, container, codec, film, tmp_path, config
+):
+    ours, judge = _settings(tmp_path, config, draw_on_frames=True)
+    frames = _frames(6, 200, 120)
+    pix_fmt = "rgb24" if codec == "png" else "bgr0"
+    data = film(frames, container=container, codec=codec, pix_fmt=pix_fmt, rotation=rotation)
+    upright = np.rot90(frames, rotation // 90, axes=(1, 2))
+    _assert_equal(data, upright, 10.0, ours, judge)
+    info = probe_video(data, VideoLimits())
+    planned = video_grid(info.num_frames, info.fps, info.width, info.height, ours)
+    assert planned[1:] in (_grid_of(upright, ours), _grid_of(upright, ours)[::-1])
+
+
+def _grid_of(frames: np.ndarray, ours: ProcessingConfig) -> tuple[int, int]:
+    _, rows, columns = video_grid(len(frames), None, frames.shape[2], frames.shape[1], ours)
+    return rows, columns
+
+
 @pytest.mark.parametrize("pace", [Fraction(10), Fraction(30000, 1001), Fraction(1, 100)])
 @pytest.mark.parametrize("sampled", [True, False])
 def test_timestamps_are_drawn_as_in_transformers(sampled, pace, film, tmp_path, config):

@@ -53,6 +53,7 @@ class VideoInfo:
     """What a container says of its video stream."""
 
     width: int
+    """As stored: a container may want its frames turned, which only they tell."""
     height: int
     num_frames: int | None
     """None where the container does not tell."""
