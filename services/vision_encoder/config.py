@@ -23,7 +23,10 @@ class EncoderSettings(ComputeSettings):
 
     max_media_bytes: int = Field(64 * _MIB, gt=0, description="Most bytes of one media item.")
     max_image_pixels: int = Field(
-        100_000_000, gt=0, description="Most pixels an image or a video frame may declare."
+        100_000_000,
+        gt=0,
+        description="Most pixels an image or a video frame may declare; a frame never more than 36 "
+        "million.",
     )
     max_upload_bytes: int = Field(
         512 * _MIB, gt=0, description="Most bytes of files that are held until they are decoded."
@@ -37,7 +40,7 @@ class EncoderSettings(ComputeSettings):
     max_queue_patches: int = Field(
         500_000,
         gt=0,
-        description="Most patches queued or running; a larger item is taken when nothing else is.",
+        description="Patches queued or running from which on no further item is taken.",
     )
     max_batch_patches: int = Field(
         32_768,

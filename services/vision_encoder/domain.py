@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import torch
 
 from chiasm.model.patches import RawPatches
 from chiasm.types import Grid, MediaKind
+
+
+class Plan(NamedTuple):
+    """An item's grid as its header tells it."""
+
+    grid: Grid
+    is_exact: bool
+    """False: the header does not tell how many frames there are, and the grid is the largest."""
 
 
 class MediaModel(Protocol):
@@ -18,11 +26,8 @@ class MediaModel(Protocol):
     Files are read from their beginning and left open.
     """
 
-    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
-        """The grid from the header alone: exact, or the largest possible where it does not tell.
-
-        Raises InvalidArgument.
-        """
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Plan:
+        """What the header alone tells. Raises InvalidArgument."""
         ...
 
     def embedding_bytes(self, grid: Grid) -> int:

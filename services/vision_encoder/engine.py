@@ -22,7 +22,7 @@ from chiasm.cache import ByteLRU
 from chiasm.load import EncoderLoad
 from chiasm.model.patches import RawPatches
 from chiasm.pulse import Pulse
-from chiasm.services.vision_encoder.domain import Encoded, MediaModel
+from chiasm.services.vision_encoder.domain import Encoded, MediaModel, Plan
 from chiasm.telemetry import metrics, traces
 from chiasm.types import Grid, MediaKind
 
@@ -92,15 +92,23 @@ class EncoderEngine:
         """
         job = None
         try:
-            grid = await asyncio.to_thread(self._model.plan, file, kind)
+            plan = await asyncio.to_thread(self._model.plan, file, kind)
             found = await self.find(digest)
             if found is not None:
                 return found
-            job = self._admit(digest, kind, file, grid)
+            job = self._admit(digest, kind, file, plan)
         finally:
             if job is None:
                 file.close()
         return await self._wait(job)
+
+    def check_queue(self) -> None:
+        """Raises ResourceExhausted when the queue is full."""
+        if self._queued_patches >= self._max_queue_patches:
+            raise errors.ResourceExhausted(
+                f"{self._queued_patches} patches are queued, limit {self._max_queue_patches}",
+                retry_after_s=self._backlog_s(),
+            )
 
     def embeddings(self, digest: str) -> torch.Tensor:
         """Embeddings [tokens, hidden] on the CPU. Raises NotFound when they were evicted."""
@@ -140,14 +148,11 @@ class EncoderEngine:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._compute.shutdown(wait=False, cancel_futures=True)
 
-    def _admit(self, digest: str, kind: MediaKind, file: BinaryIO, grid: Grid) -> _Job:
-        self._check_size(kind, grid)
-        num_patches = grid.num_patches
-        if self._jobs and self._queued_patches + num_patches > self._max_queue_patches:
-            raise errors.ResourceExhausted(
-                f"{self._queued_patches} patches are queued, limit {self._max_queue_patches}",
-                retry_after_s=self._backlog_s(),
-            )
+    def _admit(self, digest: str, kind: MediaKind, file: BinaryIO, plan: Plan) -> _Job:
+        if plan.is_exact:
+            self._check_size(kind, plan.grid)
+        self.check_queue()
+        num_patches = plan.grid.num_patches
         metrics.EMBEDDING_CACHE_MISSES.inc()
         done: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
         job = _Job(digest=digest, kind=kind, file=file, num_patches=num_patches, done=done)
@@ -207,7 +212,7 @@ class EncoderEngine:
             self._forget(job)
             return
         try:
-            self._check_size(job.kind, patches.grid)  # the header may have lied
+            self._check_size(job.kind, patches.grid)  # the header may have lied, or not told
             work = partial(self._model.embed, patches)
             embeddings, compute_ns = await self._run(self._compute, job, "vit", work)
         except Exception as error:

@@ -14,12 +14,13 @@ from chiasm.model.geometry import image_grid, num_tokens, video_grid
 from chiasm.model.images import read_image
 from chiasm.model.load import load_module
 from chiasm.model.patches import RawPatches
-from chiasm.model.probe import VideoLimits, probe_image, probe_video
+from chiasm.model.probe import MAX_VIDEO_PIXELS, VideoLimits, probe_image, probe_video
 from chiasm.model.processing import ProcessingConfig
 from chiasm.model.resampler import Resampler
 from chiasm.model.video import read_video
 from chiasm.model.vision import VisionTower
 from chiasm.services.vision_encoder.config import EncoderSettings
+from chiasm.services.vision_encoder.domain import Plan
 from chiasm.telemetry.progress import loading
 from chiasm.types import Grid, MediaKind
 
@@ -38,7 +39,7 @@ class VisionModel:
     ) -> None:
         self._tower, self._resampler, self._processing = tower, resampler, processing
         self._max_pixels, self._max_batch_patches = max_pixels, max_batch_patches
-        self._video_limits = VideoLimits(max_pixels=max_pixels)
+        self._video_limits = VideoLimits(max_pixels=min(max_pixels, MAX_VIDEO_PIXELS))
         self._weight = resampler.after_norm.weight
 
     @classmethod
@@ -73,16 +74,17 @@ class VisionModel:
             max_batch_patches=settings.max_batch_patches,
         )
 
-    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
-        """The grid from the header alone: exact, or the largest possible where it does not tell.
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Plan:
+        """What the header alone tells. Raises InvalidArgument.
 
-        Raises InvalidArgument.
+        Frames that are going to be turned have the grid's rows and columns the other way round.
         """
         if kind is MediaKind.IMAGE:
             width, height = probe_image(file, max_pixels=self._max_pixels)
-            return image_grid(width, height, self._processing)
+            return Plan(image_grid(width, height, self._processing), is_exact=True)
         info = probe_video(file, self._video_limits)
-        return video_grid(info.num_frames, info.fps, info.width, info.height, self._processing)
+        grid = video_grid(info.num_frames, info.fps, info.width, info.height, self._processing)
+        return Plan(grid, is_exact=info.num_frames is not None)
 
     def embedding_bytes(self, grid: Grid) -> int:
         """Size of an item's embeddings."""

@@ -103,6 +103,7 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
         header: Header,
         parts: AsyncIterator[encoder_pb2.EncodeRequest],
     ) -> Encoded:
+        engine.check_queue()  # before the file has come in vain
         with self._uploads.reserve(header.size_bytes):
             file = await self._uploads.receive(header, parts)
             return await engine.encode(header.digest, header.kind, file)

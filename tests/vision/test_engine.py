@@ -15,7 +15,7 @@ import torch
 from chiasm import errors
 from chiasm.model.patches import RawPatches
 from chiasm.model.processing import PixelSettings
-from chiasm.services.vision_encoder.domain import Encoded
+from chiasm.services.vision_encoder.domain import Encoded, Plan
 from chiasm.services.vision_encoder.engine import EncoderEngine
 from chiasm.types import Grid, MediaKind
 
@@ -31,7 +31,8 @@ SETTINGS = PixelSettings(
 
 
 class FakeModel:
-    """Every file has the grid of its class; b"bad" cannot be decoded, b"defect" fails in the ViT.
+    """Every file has the same grid, and `planned` is what its header tells; b"bad" cannot be
+    decoded, b"defect" fails in the ViT.
 
     `decoding` and `gate` hold the two stages back while they are clear. While `is_long` there is
     always one more frame.
@@ -43,18 +44,19 @@ class FakeModel:
         self.decoding = threading.Event()
         self.decoding.set()
         self.is_long, self.num_frames = False, 0
+        self.planned = Plan(GRID, is_exact=True)
         self.embedded: list[bytes] = []
         self.preprocessed: list[bytes] = []
         self.levels: dict[int, bytes] = {}
         self.files: list[BinaryIO] = []
 
-    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Plan:
         assert not file.closed
         self.files.append(file)
-        return GRID
+        return self.planned
 
     def embedding_bytes(self, grid: Grid) -> int:
-        return ITEM_BYTES
+        return ITEM_BYTES * grid.num_patches // GRID.num_patches
 
     def preprocess(
         self, file: BinaryIO, kind: MediaKind, on_frame: Callable[[], None]
@@ -166,11 +168,25 @@ async def test_full_queue_refuses_and_recovers(engine: EncoderEngine, model: Fak
     assert not (await encode(engine, b"e")).cached
 
 
-async def test_item_larger_than_the_queue_is_taken_when_alone(model: FakeModel) -> None:
-    engine = EncoderEngine(model, cache_bytes=ITEM_BYTES, max_queue_patches=1)
+async def test_last_item_may_go_beyond_the_queue(model: FakeModel) -> None:
+    engine = EncoderEngine(model, cache_bytes=2 * ITEM_BYTES, max_queue_patches=25)
     engine.start()
-    assert (await encode(engine, b"a")).num_tokens == TOKENS
+    model.gate.clear()
+    tasks = [begin(engine, name) for name in (b"a", b"b")]
+    await until_queued(engine, 2)
+    with pytest.raises(errors.ResourceExhausted):
+        await encode(engine, b"c")
+    model.gate.set()
+    assert [(await task).num_tokens for task in tasks] == [TOKENS, TOKENS]
     await engine.close()
+
+
+async def test_item_whose_header_tells_no_length_is_judged_by_what_it_has(
+    engine: EncoderEngine, model: FakeModel
+) -> None:
+    model.planned = Plan(GRID._replace(t=180), is_exact=False)
+    assert (await encode(engine, b"a")).num_tokens == TOKENS
+    assert engine.load().queued_patches == 0
 
 
 async def test_item_larger_than_the_cache_is_refused(model: FakeModel) -> None:

@@ -178,7 +178,7 @@ def test_embeddings_equal_the_model_in_process(
     result = process.encode(upload(data, kind))
     patches = model.preprocess(io.BytesIO(data), kind, lambda: None)
     assert (result.grid.t, result.grid.h, result.grid.w) == patches.grid
-    assert patches.grid == model.plan(io.BytesIO(data), kind)
+    assert patches.grid == model.plan(io.BytesIO(data), kind).grid
     assert (result.digest, result.cached) == (digest_of(data, kind), False)
     assert result.preprocess_ns > 0
     assert result.compute_ns > 0

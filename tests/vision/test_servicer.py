@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY
 from chiasm import errors
 from chiasm.model.patches import RawPatches
 from chiasm.model.processing import PixelSettings
+from chiasm.services.vision_encoder.domain import Plan
 from chiasm.services.vision_encoder.engine import EncoderEngine
 from chiasm.services.vision_encoder.servicer import VisionEncoderServicer
 from chiasm.services.vision_encoder.upload import Uploads
@@ -40,8 +41,8 @@ class SmallModel:
         self.gate = threading.Event()
         self.gate.set()
 
-    def plan(self, file: BinaryIO, kind: MediaKind) -> Grid:
-        return GRID
+    def plan(self, file: BinaryIO, kind: MediaKind) -> Plan:
+        return Plan(GRID, is_exact=True)
 
     def embedding_bytes(self, grid: Grid) -> int:
         return NUM_ROWS * NUM_COLUMNS * 4
@@ -126,6 +127,25 @@ async def test_drain_finishes_what_is_under_way(
     model.gate.set()
     assert (await running).num_tokens == NUM_ROWS
     await asyncio.wait_for(draining, 10)
+
+
+async def test_full_queue_refuses_before_the_file_has_come(model: SmallModel) -> None:
+    servicer = VisionEncoderServicer(uploads())
+    engine = servicer.engine = EncoderEngine(model, cache_bytes=1 << 22, max_queue_patches=1)
+    engine.start()
+    model.gate.clear()
+    running = asyncio.create_task(servicer.Encode(upload(b"x"), NO_CONTEXT))
+    async with asyncio.timeout(10):
+        while not engine.load().queued_items:  # noqa: ASYNC110  # filled by a thread's answer
+            await asyncio.sleep(0.001)
+    second = upload(b"y")
+    with pytest.raises(errors.ResourceExhausted) as caught:
+        await servicer.Encode(second, NO_CONTEXT)
+    assert caught.value.retry_after_s is not None
+    assert (await anext(second)).chunk == b"y", "nobody has taken it"
+    model.gate.set()
+    assert (await running).num_tokens == NUM_ROWS
+    await servicer.close()
 
 
 async def test_spans_of_the_threads_belong_to_the_call(
