@@ -30,7 +30,10 @@ class GatewaySettings(ServiceSettings):
         128 * _MIB, gt=0, le=1024 * _MIB, description="Most bytes of all media of one request."
     )
     max_image_pixels: int = Field(
-        100_000_000, gt=0, description="Most pixels an image or a video frame may declare."
+        100_000_000,
+        gt=0,
+        description="Most pixels an image or a video frame may declare; a frame never more than 36 "
+        "million.",
     )
     max_text_bytes: int = Field(
         4 * _MIB, gt=0, le=256 * _MIB, description="Most UTF-8 bytes of text of one request."
@@ -40,6 +43,12 @@ class GatewaySettings(ServiceSettings):
     )
     max_in_flight: int = Field(
         256, gt=0, description="Requests worked on at once; more are refused, to come back later."
+    )
+    max_held_media_bytes: int = Field(
+        512 * _MIB,
+        gt=0,
+        description="Most bytes of media of all requests worked on at once; more are refused, to "
+        "come back later. A single request may have more.",
     )
     max_concurrent_encodes: int = Field(
         8, gt=0, description="Media items of one request that are encoded at the same time."

@@ -19,6 +19,11 @@ class MediaSource:
     data: bytes = b""
     uri: str = ""
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes as it came."""
+        return len(self.data) + len(self.uri)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaItem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from opentelemetry import context as otel_context
@@ -31,6 +32,9 @@ from chiasm.telemetry import traces
 from chiasm.types import MediaKind
 
 Pieces = tuple[chat.Piece, ...]
+
+_MAX_INTAKES = 4
+"""Requests whose media are decoded from URIs, looked at and hashed at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,7 @@ class PromptBuilder:
     ) -> None:
         self._config, self._tokenizer, self._encoders = config, tokenizer, encoders
         self._max_media_bytes, self._max_image_pixels = max_media_bytes, max_image_pixels
+        self._intake = ThreadPoolExecutor(_MAX_INTAKES, thread_name_prefix="intake")
 
     async def build(
         self,
@@ -85,7 +90,13 @@ class PromptBuilder:
         """
         start_ns = time.monotonic_ns()
         with traces.span("layout", context=context):
-            items = await asyncio.to_thread(self._take_in, prompt)
+            items = (
+                await asyncio.get_running_loop().run_in_executor(
+                    self._intake, self._take_in, prompt
+                )
+                if prompt.media
+                else ()
+            )
             pieces = (
                 await asyncio.to_thread(self._render, prompt)
                 if isinstance(prompt, Conversation)

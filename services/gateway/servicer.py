@@ -14,6 +14,7 @@ from opentelemetry import context as otel_context
 from chiasm import errors
 from chiasm.services.gateway.config import GatewaySettings
 from chiasm.services.gateway.deadline import Deadline
+from chiasm.services.gateway.domain import PromptInput
 from chiasm.services.gateway.engine import Engine
 from chiasm.services.gateway.generation import usage_message
 from chiasm.services.gateway.observation import Observation
@@ -31,6 +32,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._settings = settings
         self.engine: Engine | None = None
         self._ids: set[str] = set()
+        self._media_bytes = 0
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -49,7 +51,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = engine.validator.generation(request)
             structlog.contextvars.bind_contextvars(request_id=generation.request_id)
             observation.validated(generation)
-            with self._slot(generation.request_id):
+            with self._slot(generation.request_id, generation.prompt):
                 async with _bounded(deadline):
                     responses = engine.generator.run(generation, observation, deadline)
                     async with contextlib.aclosing(responses):
@@ -61,7 +63,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.CountTokensResponse:
         engine, deadline = self._loaded(), self._deadline(context)
         prompt = engine.validator.count(request)
-        with self._slot(request_id("")):
+        with self._slot(request_id(""), prompt):
             async with _bounded(deadline):
                 laid_out = await engine.prompts.build(
                     prompt,
@@ -108,8 +110,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
 
     @contextlib.contextmanager
-    def _slot(self, call_id: str) -> Iterator[None]:
-        """A place among the calls in flight, under an id that no other one has."""
+    def _slot(self, call_id: str, prompt: PromptInput) -> Iterator[None]:
+        """A place among the calls in flight for an id that no other one has, and for its media."""
         if self._is_draining:
             raise errors.Unavailable(
                 "the gateway is shutting down",
@@ -120,20 +122,31 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise errors.AlreadyExists(
                 f"request {call_id} is in flight", reason="REQUEST_IN_FLIGHT", field="request_id"
             )
-        if len(self._ids) >= self._settings.max_in_flight:
-            raise errors.ResourceExhausted(
-                f"{len(self._ids)} requests are in flight",
-                reason="GATEWAY_FULL",
-                retry_after_s=self._settings.retry_after_s,
-            )
+        num_bytes = sum(source.num_bytes for source in prompt.media)
+        self._check_room(num_bytes)
         self._ids.add(call_id)
+        self._media_bytes += num_bytes
         self._idle.clear()
         try:
             yield
         finally:
             self._ids.discard(call_id)
+            self._media_bytes -= num_bytes
             if not self._ids:
                 self._idle.set()
+
+    def _check_room(self, num_bytes: int) -> None:
+        """Raises ResourceExhausted when there is none for a call with so many bytes of media."""
+        held, limit = self._media_bytes, self._settings.max_held_media_bytes
+        if len(self._ids) >= self._settings.max_in_flight:
+            problem = f"{len(self._ids)} requests are in flight"
+        elif held and num_bytes and held + num_bytes > limit:
+            problem = f"{held} bytes of other requests' media are held, limit {limit}"
+        else:
+            return
+        raise errors.ResourceExhausted(
+            problem, reason="GATEWAY_FULL", retry_after_s=self._settings.retry_after_s
+        )
 
 
 @contextlib.asynccontextmanager

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
-from gateway.harness import FakeEncoder, Stack, png
+from gateway.harness import FakeEncoder, Stack, png, running
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Tokens, assistant, image, user
 from chiasm.membership import MemberInfo, Role
+from chiasm.services.gateway import prompts
+from chiasm.services.gateway.domain import MediaItem, MediaSource
 from chiasm.services.gateway.encoders import rank
-from chiasm.services.gateway.media import data_uri, digest
+from chiasm.services.gateway.media import data_uri, digest, take_in
 from chiasm.types import MediaKind
 
 pytestmark = pytest.mark.usefixtures("decoder")
@@ -112,6 +117,60 @@ async def test_full_encoders_are_reported_as_such(
     with pytest.raises(errors.ResourceExhausted) as caught:
         await client.complete([user(image(png()))])
     assert (caught.value.reason, caught.value.retry_after_s) == ("ENCODER_FULL", 2.0)
+    assert len(encoder.headers) == 2, "not before the time is up or the encoder wants to be asked"
+
+
+async def test_who_waits_for_a_full_encoder_takes_another_that_comes(
+    stack: Stack, encoder: FakeEncoder, client: AsyncClient
+) -> None:
+    encoder.failures.extend(errors.ResourceExhausted("full", retry_after_s=60.0) for _ in range(9))
+    waiting = asyncio.create_task(client.complete([user(image(png()))]))
+    while not encoder.headers:  # noqa: ASYNC110  # filled by a call
+        await asyncio.sleep(0.01)
+    other = await stack.add_encoder()
+    assert (await waiting).usage.prompt_image_tokens == 6
+    assert (len(encoder.headers), len(other.headers)) == (1, 1)
+
+
+async def test_media_held_at_once_have_a_bound(tiny_checkpoint: Path) -> None:
+    data = png()
+    async with running(tiny_checkpoint, max_held_media_bytes=2 * len(data) - 1) as stack:
+        await stack.add_decoder()
+        encoder = await stack.add_encoder()
+        encoder.is_stuck = True
+        async with AsyncClient(stack.address, timeout_s=20.0) as client:
+            first = asyncio.create_task(client.complete([user(image(data))]))
+            while not encoder.headers:  # noqa: ASYNC110  # filled by a call
+                await asyncio.sleep(0.01)
+            encoder.is_stuck = False
+            with pytest.raises(errors.ResourceExhausted) as caught:
+                await client.complete([user(image(data))])
+            assert (caught.value.reason, caught.value.retry_after_s) == ("GATEWAY_FULL", 1.0)
+            assert (await client.complete("text goes on")).finish_reason == "stop"
+            first.cancel()
+            await asyncio.wait({first})
+            await asyncio.wait_for(encoder.cancelled.wait(), 10)
+            large = [user(image(data), image(png(color="blue")), image(png(color="green")))]
+            assert (await client.complete(large)).usage.prompt_image_tokens == 18
+
+
+async def test_few_files_are_looked_at_at_once(
+    encoder: FakeEncoder, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, counts = threading.Lock(), [0]
+
+    def slow(source: MediaSource, **limits: int) -> MediaItem:
+        with lock:
+            counts.append(counts[-1] + 1)
+        time.sleep(0.05)
+        with lock:
+            counts.append(counts[-1] - 1)
+        return take_in(source, **limits)
+
+    monkeypatch.setattr(prompts, "take_in", slow)
+    data = [png(40 + i) for i in range(10)]
+    await asyncio.gather(*(client.complete([user(image(d))]) for d in data))
+    assert 1 <= max(counts) <= 4
 
 
 async def test_cached_item_is_not_uploaded(encoder: FakeEncoder, client: AsyncClient) -> None:
