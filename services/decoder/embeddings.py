@@ -71,7 +71,8 @@ class EmbeddingStore:
             if not task.cancelled():
                 raise
             raise errors.NotFound(
-                f"the channel to the encoder at {ref.encoder_address} was closed", reason=EVICTED
+                f"the channel to the encoder at {ref.encoder_address} was closed",
+                reason=errors.EMBEDDING_EVICTED,
             ) from None
 
     def _begin(self, ref: decoder_pb2.MediaRef, request_id: str) -> asyncio.Task[torch.Tensor]:
