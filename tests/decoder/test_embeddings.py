@@ -13,7 +13,7 @@ import torch
 
 from chiasm import errors
 from chiasm.model.config import ModelConfig
-from chiasm.services.decoder.embeddings import EVICTED, EmbeddingStore
+from chiasm.services.decoder.embeddings import EmbeddingStore
 from chiasm.services.decoder.servicer import DecoderServicer
 from chiasm.transport import tensors
 from chiasm.transport.interceptors import CallInterceptor
@@ -105,7 +105,7 @@ async def test_failed_fetch_leaves_others_of_its_channel_alone(encoder: FakeEnco
     await asyncio.wait_for(encoder.begun.wait(), WAIT_S)
     with pytest.raises(errors.NotFound) as caught:
         await store.get(ref(encoder, "away"), "")
-    assert caught.value.reason == EVICTED
+    assert caught.value.reason == errors.EMBEDDING_EVICTED
     assert len(await store.get(ref(encoder), "")) == 4, "on a new channel"
     encoder.go_on.set()
     assert len(await asyncio.wait_for(other, WAIT_S)) == 4
@@ -119,7 +119,7 @@ async def test_fetch_that_is_cancelled_is_told_to_who_waits(encoder: FakeEncoder
     await store.close()
     with pytest.raises(errors.NotFound) as caught:
         await asyncio.wait_for(waiter, WAIT_S)
-    assert caught.value.reason == EVICTED
+    assert caught.value.reason == errors.EMBEDDING_EVICTED
 
 
 class FullEngine:
