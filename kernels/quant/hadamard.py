@@ -59,7 +59,7 @@ def rotate_back(x: torch.Tensor) -> torch.Tensor:
 def _blocks(x: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] % BLOCK:
         raise InvalidArgument("rotated", f"takes a multiple of {BLOCK} inputs, not {x.shape[-1]}")
-    return x.float().reshape(*x.shape[:-1], -1, BLOCK)
+    return x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)  # there may be no row
 
 
 def _transform(blocks: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,8 @@ def _transform(blocks: torch.Tensor) -> torch.Tensor:
     """
     shape, size = blocks.shape, 1
     while size < BLOCK:
-        upper, lower = blocks.reshape(*shape[:-1], -1, 2, size).unbind(-2)
+        pairs = blocks.reshape(*shape[:-1], BLOCK // (2 * size), 2, size)
+        upper, lower = pairs.unbind(-2)
         blocks = torch.stack((upper + lower, upper - lower), dim=-2)
         size *= 2
     return blocks.reshape(shape) * (1 / math.sqrt(BLOCK))

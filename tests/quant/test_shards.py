@@ -9,7 +9,7 @@ import torch
 from quant.matrices import FORMATS
 
 from chiasm.kernels.moe import ShardWeights, cpu, reference
-from chiasm.kernels.quant.hadamard import RotatedMatrices
+from chiasm.kernels.quant.hadamard import BLOCK, RotatedMatrices
 from chiasm.types import shard_experts
 
 HIDDEN, WIDTH, EXPERTS = 256, 96, 12
@@ -83,8 +83,14 @@ def test_rows_for_other_shards_change_no_bit(
         assert torch.equal(alone_values, values)
 
 
-def test_no_token_for_a_shard() -> None:
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_no_token_for_a_shard(is_rotated: bool) -> None:
+    gate_up = FORMATS["tcq2"](6, 2 * BLOCK, HIDDEN, seed=1)
+    down = FORMATS["tcq2"](6, HIDDEN, BLOCK, seed=2)
+    stacks = (RotatedMatrices(gate_up), RotatedMatrices(down)) if is_rotated else (gate_up, down)
+    held = ShardWeights(first=6, gate_up=stacks[0], down=stacks[1])
     hidden, ids, weights = dispatch(5, torch.bfloat16, seed=4)
-    rows, values = cpu.shard_partial(hidden, ids * 0, weights, shard("tcq2", range(6, 12)))
-    assert rows.tolist() == []
-    assert values.shape == (0, HIDDEN)
+    for given in ((hidden, ids * 0, weights), (hidden[:0], ids[:0], weights[:0])):
+        rows, values = cpu.shard_partial(*given, held)
+        assert rows.tolist() == []
+        assert values.shape == (0, HIDDEN)
