@@ -30,7 +30,7 @@ from chiasm.services.decoder.servicer import DecoderServicer
 from chiasm.services.decoder.speculation import Speculation
 from chiasm.telemetry.progress import loading
 from chiasm.transport import service
-from chiasm.transport.messages import CONTROL_BYTES, dispatch_bytes
+from chiasm.transport.messages import CONTROL_BYTES, answer_bytes
 from chiasm.types import Modality
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
 
@@ -129,9 +129,7 @@ def _remote_pool(
             hedge_budget=settings.hedge_budget,
             hedge_after_s=settings.hedge_after_s,
             use_lane=settings.lane,
-            max_message_bytes=dispatch_bytes(
-                settings.max_step_tokens, text.hidden_size, text.moe_k
-            ),
+            max_message_bytes=answer_bytes(settings.max_step_tokens, text.hidden_size, text.moe_k),
         ),
         num_experts=text.num_experts,
     )

@@ -17,7 +17,7 @@ from chiasm.services.expert_pool.servicer import ExpertPoolServicer
 from chiasm.services.expert_pool.wire import DispatchLimits
 from chiasm.telemetry.progress import loading
 from chiasm.transport import service
-from chiasm.transport.messages import dispatch_bytes
+from chiasm.transport.messages import answer_bytes, request_bytes
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
 
@@ -32,6 +32,8 @@ def build(
         num_shards=bank.num_shards,
         dtype=bank.dtype,
         max_tokens=settings.max_dispatch_tokens,
+        max_queued=settings.max_queued_dispatches,
+        max_queued_bytes=settings.max_queued_bytes,
         text=config.text,
     )
     spec = settings.shard_spec
@@ -85,7 +87,6 @@ def _engine(settings: ExpertPoolSettings, config: ModelConfig) -> ExpertEngine:
         bank,
         model=settings.model,
         config=config,
-        max_queued=settings.max_queued_dispatches,
         verify=settings.verify,
     )
 
@@ -93,14 +94,14 @@ def _engine(settings: ExpertPoolSettings, config: ModelConfig) -> ExpertEngine:
 def serve(settings: ExpertPoolSettings) -> int:
     """Runs the server until SIGTERM; returns the exit code."""
     config = ModelConfig.load(settings.model)
+    size = (settings.max_dispatch_tokens, config.text.hidden_size, config.text.moe_k)
     return service.serve(
         settings,
         name=f"{settings.modality}-experts",
         role=Role.EXPERT_POOL,
         services=[experts_pb2.DESCRIPTOR.services_by_name["ExpertPool"].full_name],
-        max_message_bytes=dispatch_bytes(
-            settings.max_dispatch_tokens, config.text.hidden_size, config.text.moe_k
-        ),
+        max_message_bytes=answer_bytes(*size),
+        max_request_bytes=request_bytes(*size),
         build=partial(build, settings, config),
     )
 

@@ -15,6 +15,7 @@ from opentelemetry import trace
 from chiasm import errors
 from chiasm.model.experts import ExpertBank
 from chiasm.services.expert_pool import wire
+from chiasm.services.expert_pool.budget import Budget
 from chiasm.services.expert_pool.loads import Loads
 from chiasm.services.expert_pool.worker import Worker
 from chiasm.telemetry import metrics, traces
@@ -37,31 +38,34 @@ class Caller(Protocol):
         """Where payloads lie; None when they are in the messages."""
         ...
 
-    def answer(self, response: experts_pb2.DispatchResponse) -> None:
-        """Sends an answer; called on the compute thread or where the dispatch was received."""
+    def answer(self, response: experts_pb2.DispatchResponse, held: int) -> None:
+        """Sends an answer; called on the compute thread or where the dispatch was received.
+
+        held: bytes to give back, by `Answers.gone`, once the answer is out or dropped.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """A dispatch and where and when it came."""
+    """A dispatch and where and when it came. num_bytes: of the message."""
 
     request: experts_pb2.DispatchRequest
     caller: Caller
     received_ns: int
+    num_bytes: int
 
 
 class Answers:
     """Queues dispatches and answers each of them, with partials or with an error."""
 
-    def __init__(
-        self, bank: ExpertBank, worker: Worker, limits: wire.DispatchLimits, *, max_queued: int
-    ) -> None:
+    def __init__(self, bank: ExpertBank, worker: Worker, limits: wire.DispatchLimits) -> None:
         self.is_draining = False
         self.loads = Loads(
             limits.modality, num_shards=limits.num_shards, num_experts=limits.text.num_experts
         )
-        self._bank, self._worker, self._limits, self._max_queued = bank, worker, limits, max_queued
+        self._bank, self._worker, self._limits = bank, worker, limits
+        self._budget = Budget(limits.max_queued_bytes)
         self._modality = str(limits.modality)
         self._queue_seconds = metrics.DISPATCH_QUEUE_SECONDS.labels(self._modality)
         self._compute_seconds = metrics.DISPATCH_COMPUTE_SECONDS.labels(self._modality)
@@ -71,18 +75,29 @@ class Answers:
         try:
             if self.is_draining:
                 raise errors.Unavailable("server is draining", reason=errors.DRAINING)
-            if self._worker.num_jobs >= self._max_queued:
+            wire.check_envelope(received.request, self._limits)
+            if self._worker.num_jobs >= self._limits.max_queued:
                 raise errors.ResourceExhausted("dispatch queue is full", retry_after_s=0.05)
+            held = received.num_bytes
+            if received.caller.arenas is None:
+                held += wire.max_answer_bytes(received.request, self._limits)
+            self._budget.take(held)
         except errors.ChiasmError as error:
             response = experts_pb2.DispatchResponse(dispatch_id=received.request.dispatch_id)
             self._refuse(response, error)
-            received.caller.answer(response)
+            received.caller.answer(response, 0)
         else:
-            self._worker.submit(lambda: self._run(received))
+            self._worker.submit(lambda: self._run(received, held))
 
-    def _run(self, received: Received) -> None:
-        if not received.caller.is_gone:
-            received.caller.answer(self._answer(received))
+    def gone(self, held: int) -> None:
+        """An answer is out, or dropped; from any thread."""
+        self._budget.give_back(held)
+
+    def _run(self, received: Received, held: int) -> None:
+        if received.caller.is_gone:
+            self.gone(held)
+        else:
+            received.caller.answer(self._answer(received), held)
 
     def _answer(self, received: Received) -> experts_pb2.DispatchResponse:
         request, start = received.request, time.monotonic_ns()
@@ -113,7 +128,6 @@ class Answers:
         arenas: Arenas | None,
         partials: experts_pb2.Partials,
     ) -> None:
-        wire.check_envelope(request, self._limits)
         args = wire.decode(request, self._limits, arenas)
         region = wire.answer_region(request, arenas)
         device = self._bank.device
@@ -147,8 +161,7 @@ class Answers:
                         "chiasm.layer": request.layer,
                         "chiasm.shards": list(request.shards),
                         "chiasm.attempt": request.attempt,
+                        "chiasm.tokens": request.hidden.shape[0],
                     }
                 )
-                if request.hidden.shape:
-                    span.set_attribute("chiasm.tokens", request.hidden.shape[0])
             yield span

@@ -39,6 +39,12 @@ class ExpertPoolSettings(ComputeSettings):
     max_queued_dispatches: int = Field(
         256, ge=1, description="Dispatches queued over all streams; one more is refused."
     )
+    max_queued_bytes: int = Field(
+        1 << 30,
+        gt=0,
+        description="Bytes of dispatches queued and of answers not yet written, over all streams; "
+        "a dispatch beyond it is refused.",
+    )
 
     @field_validator("shards")
     @classmethod

@@ -30,13 +30,11 @@ class ExpertEngine:
         *,
         model: Path,
         config: ModelConfig,
-        max_queued: int,
         verify: bool = False,
     ) -> None:
         self.bank = bank
         self.epoch = 0
         self.loading: tuple[int, ...] = ()
-        self.max_queued = max_queued
         self.worker = Worker("experts")
         self.loader_pulse = Pulse()
         self._num_assignments = 0

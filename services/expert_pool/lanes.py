@@ -81,8 +81,9 @@ class ServerLane:
         self._max_arena_bytes, self._on_close = max_arena_bytes, on_close
         worker.watch(connected.fileno(), self._readable)
 
-    def answer(self, response: experts_pb2.DispatchResponse) -> None:
+    def answer(self, response: experts_pb2.DispatchResponse, held: int) -> None:
         """Sends a packet. A decoder has few dispatches under way, so its socket has room."""
+        self._answers.gone(held)
         if self.is_gone:
             return
         try:
@@ -118,7 +119,12 @@ class ServerLane:
         # A clock of another time namespace is of no use.
         is_sane = 0 <= now - request.sent_ns <= request.timeout_ns
         self._answers.submit(
-            Received(request=request, caller=self, received_ns=request.sent_ns if is_sane else now)
+            Received(
+                request=request,
+                caller=self,
+                received_ns=request.sent_ns if is_sane else now,
+                num_bytes=len(packet),
+            )
         )
 
     def _shake_hands(self) -> Arenas:

@@ -20,9 +20,12 @@ from chiasm.services.expert_pool.lanes import LaneServer
 from chiasm.telemetry import metrics
 from chiasm.transport import lane
 from chiasm.transport.enums import WIRE_MODALITIES
-from chiasm.transport.messages import dispatch_bytes
+from chiasm.transport.messages import answer_bytes
 from chiasm.transport.shared_memory import Arenas
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
+
+MAX_STREAMS = 256
+"""Streams open at once, one for each decoder; each may have a message half received."""
 
 MAX_STREAM_DISPATCHES = 64
 """Dispatches of one stream in hand at once; beyond it the stream is read no further."""
@@ -32,6 +35,9 @@ LANE_SLOTS = 8
 
 log = structlog.get_logger()
 
+
+_Outgoing = tuple[experts_pb2.DispatchResponse, int]
+"""An answer and the bytes held for its dispatch."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -43,7 +49,7 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         self, engine: ExpertEngine, limits: wire.DispatchLimits, on_change: Callable[[], None]
     ) -> None:
         self._engine, self._limits, self._on_change = engine, limits, on_change
-        self._answers = Answers(engine.bank, engine.worker, limits, max_queued=engine.max_queued)
+        self._answers = Answers(engine.bank, engine.worker, limits)
         self._lanes = (
             LaneServer(engine.worker, self._answers, max_arena_bytes=_arena_bytes(limits))
             if lane.is_supported()
@@ -68,17 +74,22 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         requests: AsyncIterator[experts_pb2.DispatchRequest],
         context: Context,
     ) -> AsyncIterator[experts_pb2.DispatchResponse]:
+        if len(self._streams) >= MAX_STREAMS:
+            raise errors.ResourceExhausted("too many streams are open", retry_after_s=1.0)
         stream = _Stream(self._answers)
         reader = asyncio.create_task(stream.read(requests))
         self._streams.add(stream)
         try:
-            while (response := await stream.outgoing.get()) is not None:
-                yield response
-                stream.written()
+            while (answer := await stream.outgoing.get()) is not None:
+                response, held = answer
+                try:
+                    yield response
+                finally:
+                    stream.written(held)
             if not self.draining:
                 await reader  # what ended the stream, if it was not its end
         finally:
-            stream.is_gone = True
+            stream.close()
             self._streams.discard(stream)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -173,7 +184,7 @@ class _Stream:
     def __init__(self, answers: Answers) -> None:
         self.is_gone = False
         self.arenas: Arenas | None = None
-        self.outgoing: asyncio.Queue[experts_pb2.DispatchResponse | None] = asyncio.Queue()
+        self.outgoing: asyncio.Queue[_Outgoing | None] = asyncio.Queue()
         self._answers = answers
         self._in_hand = asyncio.Semaphore(MAX_STREAM_DISPATCHES)
         self._loop = asyncio.get_running_loop()
@@ -184,23 +195,42 @@ class _Stream:
             async for request in requests:
                 await self._in_hand.acquire()
                 self._answers.submit(
-                    Received(request=request, caller=self, received_ns=time.monotonic_ns())
+                    Received(
+                        request=request,
+                        caller=self,
+                        received_ns=time.monotonic_ns(),
+                        num_bytes=request.ByteSize(),
+                    )
                 )
             for _ in range(MAX_STREAM_DISPATCHES):
                 await self._in_hand.acquire()
         finally:
             self.outgoing.put_nowait(None)
 
-    def answer(self, response: experts_pb2.DispatchResponse) -> None:
+    def answer(self, response: experts_pb2.DispatchResponse, held: int) -> None:
         """Sends an answer; from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the stream
-            self._loop.call_soon_threadsafe(self.outgoing.put_nowait, response)
+            self._loop.call_soon_threadsafe(self._put, (response, held))
 
-    def written(self) -> None:
+    def written(self, held: int) -> None:
         """An answer is out, and no longer in hand: a peer that does not read is read no further."""
         self._in_hand.release()
+        self._answers.gone(held)
+
+    def close(self) -> None:
+        """Drops what is not written, and what is still to be answered."""
+        self.is_gone = True
+        while not self.outgoing.empty():
+            if (answer := self.outgoing.get_nowait()) is not None:
+                self._put(answer)
+
+    def _put(self, answer: _Outgoing) -> None:
+        if self.is_gone:
+            self._answers.gone(answer[1])
+        else:
+            self.outgoing.put_nowait(answer)
 
 
 def _arena_bytes(limits: wire.DispatchLimits) -> int:
     text = limits.text
-    return LANE_SLOTS * dispatch_bytes(limits.max_tokens, text.hidden_size, text.moe_k)
+    return LANE_SLOTS * answer_bytes(limits.max_tokens, text.hidden_size, text.moe_k)

@@ -11,6 +11,7 @@ from chiasm.model.config import TextConfig
 from chiasm.model.moe import Partial
 from chiasm.transport import tensors
 from chiasm.transport.enums import WIRE_MODALITIES
+from chiasm.transport.messages import answer_bytes
 from chiasm.transport.shared_memory import Arenas, Region
 from chiasm.types import Modality
 from chiasm.v1 import experts_pb2
@@ -18,12 +19,17 @@ from chiasm.v1 import experts_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchLimits:
-    """What a server accepts."""
+    """What a server accepts.
+
+    max_queued: dispatches in its queue. max_queued_bytes: of those and of answers on their way out.
+    """
 
     modality: Modality
     num_shards: int
     dtype: torch.dtype
     max_tokens: int
+    max_queued: int
+    max_queued_bytes: int
     text: TextConfig
 
 
@@ -53,25 +59,34 @@ def check_envelope(request: experts_pb2.DispatchRequest, limits: DispatchLimits)
     _require(
         request.layer in limits.text.moe_layers, "layer", f"layer {request.layer} has no experts"
     )
-    shards = list(request.shards)
+    # Lists are counted before they are looked through: their length is the peer's choice.
+    shards = list(request.shards) if len(request.shards) <= limits.num_shards else []
     _require(
         bool(shards) and shards == sorted(set(shards)) and shards[-1] < limits.num_shards,
         "shards",
         f"must be ascending, without repeats, below {limits.num_shards}",
     )
-    shape = list(request.hidden.shape)
+    shape = request.hidden.shape
     _require(
         len(shape) == 2 and shape[1] == limits.text.hidden_size,
         "hidden.shape",
-        f"must be [T, {limits.text.hidden_size}], is {shape}",
+        f"must be [T, {limits.text.hidden_size}]",
     )
     _require(1 <= shape[0] <= limits.max_tokens, "hidden.shape", f"1 to {limits.max_tokens} tokens")
+
+
+def max_answer_bytes(request: experts_pb2.DispatchRequest, limits: DispatchLimits) -> int:
+    """Bound of the answer to a request whose envelope is checked."""
+    num_shards = min(len(request.shards), limits.text.moe_k)
+    return answer_bytes(request.hidden.shape[0], limits.text.hidden_size, num_shards)
 
 
 def decode(
     request: experts_pb2.DispatchRequest, limits: DispatchLimits, arenas: Arenas | None
 ) -> DispatchArguments:
-    """The payload as tensors. Raises InvalidArgument or DataLoss with the field named."""
+    """The payload of a request whose envelope is checked, as tensors.
+
+    Raises InvalidArgument or DataLoss with the field named."""
     arena = arenas.requests if arenas is not None else None
     hidden = tensors.from_wire(request.hidden, name="hidden", arena=arena)
     expert_ids = tensors.from_wire(request.expert_ids, name="expert_ids", arena=arena)

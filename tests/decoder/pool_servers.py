@@ -25,7 +25,7 @@ from chiasm.services.expert_pool.servicer import ExpertPoolServicer
 from chiasm.services.expert_pool.wire import DispatchLimits
 from chiasm.telemetry import metrics
 from chiasm.transport.channel import options
-from chiasm.transport.messages import dispatch_bytes
+from chiasm.transport.messages import answer_bytes
 from chiasm.types import Modality
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
@@ -230,17 +230,19 @@ async def serving(
 ) -> AsyncIterator[Server]:
     """One server."""
     bank = FaultyBank(load_bank(model, config, shards))
-    engine = ExpertEngine(bank, model=model, config=config, max_queued=256)  # type: ignore[arg-type]  # a stand-in
+    engine = ExpertEngine(bank, model=model, config=config)  # type: ignore[arg-type]  # a stand-in
     limits = DispatchLimits(
         modality=Modality.TEXT,
         num_shards=NUM_SHARDS,
         dtype=torch.float32,
         max_tokens=MAX_TOKENS,
+        max_queued=256,
+        max_queued_bytes=1 << 30,
         text=config.text,
     )
     servicer = ExpertPoolServicer(engine, limits, on_change=lambda: None)
     relay = Relay(servicer)
-    message_bytes = dispatch_bytes(MAX_TOKENS, config.text.hidden_size, config.text.moe_k)
+    message_bytes = answer_bytes(MAX_TOKENS, config.text.hidden_size, config.text.moe_k)
     server = grpc.aio.server(options=options(message_bytes))
     experts_pb2_grpc.add_ExpertPoolServicer_to_server(servicer if lane else relay, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -283,9 +285,7 @@ async def pool_of(
             hedge_budget=hedge_budget,
             hedge_after_s=hedge_after_s,
             use_lane=True,
-            max_message_bytes=dispatch_bytes(
-                MAX_TOKENS, config.text.hidden_size, config.text.moe_k
-            ),
+            max_message_bytes=answer_bytes(MAX_TOKENS, config.text.hidden_size, config.text.moe_k),
         ),
         num_experts=config.text.num_experts,
     )

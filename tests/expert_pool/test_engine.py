@@ -37,7 +37,7 @@ class Engine(ExpertEngine):
     """One whose shards take no time to read, unless the test holds them back or breaks them."""
 
     def __init__(self) -> None:
-        super().__init__(Bank(), model=Path(), config=None, max_queued=9)  # type: ignore[arg-type]  # stand-ins
+        super().__init__(Bank(), model=Path(), config=None)  # type: ignore[arg-type]  # stand-ins
         self.broken: set[int] = set()
         self.held_back: dict[int, threading.Event] = {}
         self.reading: list[int] = []

@@ -17,13 +17,15 @@ from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
 from chiasm.transport import tensors
+from chiasm.transport.messages import answer_bytes, request_bytes
 from chiasm.types import Modality, ShardSpec
-from chiasm.v1 import common_pb2, experts_pb2, experts_pb2_grpc
+from chiasm.v1 import common_pb2, experts_pb2, experts_pb2_grpc, tensor_pb2
 
 TIMEOUT_S = 20.0
 MODULE = "chiasm.services.expert_pool"
 LAYER = 2
 TOLERANCE = 1e-5
+LONG_SHAPE = tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_INT32, shape=[1] * 100_000)
 
 Stub = experts_pb2_grpc.ExpertPoolStub
 
@@ -145,6 +147,9 @@ def test_one_stream_answers_many_dispatches_each_once(stub: Stub, config: ModelC
         ({"shards": []}, code_pb2.INVALID_ARGUMENT, "shards"),
         ({"shards": [3, 1]}, code_pb2.INVALID_ARGUMENT, "shards"),
         ({"shards": [4]}, code_pb2.INVALID_ARGUMENT, "shards"),
+        ({"shards": [1] * 100_000}, code_pb2.INVALID_ARGUMENT, "shards"),
+        ({"hidden": LONG_SHAPE}, code_pb2.INVALID_ARGUMENT, "hidden.shape"),
+        ({"expert_ids": LONG_SHAPE}, code_pb2.INVALID_ARGUMENT, "expert_ids.shape"),
         ({"shards": [0]}, code_pb2.NOT_FOUND, "shard 0"),
         ({"num_shards": 8}, code_pb2.INVALID_ARGUMENT, "num_shards"),
         ({"timeout_ns": 0}, code_pb2.DEADLINE_EXCEEDED, "deadline"),
@@ -158,6 +163,7 @@ def test_bad_envelopes_are_answered_one_by_one(
     )
     assert answers[1].error.code == code
     assert word in answers[1].error.message
+    assert len(answers[1].error.message) < 200
     assert answers[2].HasField("partials")
 
 
@@ -194,6 +200,19 @@ def test_bytes_that_are_no_message_do_not_harm_the_server(
         raw = channel.stream_stream("/chiasm.v1.ExpertPool/Dispatch")
         with pytest.raises(grpc.RpcError):
             list(raw(iter([b"\xff\xff\xff"]), timeout=TIMEOUT_S))
+    assert dispatch(stub, [request(config)])[1].HasField("partials")
+
+
+def test_a_request_has_a_smaller_bound_than_its_answer(
+    server: ServiceProcess, stub: Stub, config: ModelConfig
+) -> None:
+    size = (4096, config.text.hidden_size, config.text.moe_k)
+    assert request_bytes(*size) < answer_bytes(*size)
+    with grpc.insecure_channel(server.address) as channel:
+        raw = channel.stream_stream("/chiasm.v1.ExpertPool/Dispatch")
+        with pytest.raises(grpc.RpcError) as refused:
+            list(raw(iter([bytes(request_bytes(*size) + 1)]), timeout=TIMEOUT_S))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dispatch(stub, [request(config)])[1].HasField("partials")
 
 

@@ -20,11 +20,14 @@ RECONNECT_MAX_MS = 1_000
 """Ceiling of grpc's reconnect back-off; its default of two minutes would outlive most restarts."""
 
 
-def options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """Options common to both ends. `max_message_bytes` bounds one message in either direction."""
+def options(
+    max_message_bytes: int, *, max_received_bytes: int | None = None
+) -> list[tuple[str, int]]:
+    """Options common to both ends. `max_message_bytes` bounds one message in either direction,
+    `max_received_bytes` those that come in, where they are to be smaller."""
     return [
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_received_bytes or max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -12,10 +12,15 @@ ACCEPTED_KEY = "chiasm-accepted"
 """Initial metadata of a decoder that has taken a request in hand."""
 
 
-def dispatch_bytes(num_tokens: int, hidden_size: int, top_k: int) -> int:
-    """Bound of a dispatch and of its answer.
+def request_bytes(num_tokens: int, hidden_size: int, top_k: int) -> int:
+    """Bound of a dispatch: per token one row, of float32 at most, and top_k ids and weights."""
+    return num_tokens * (4 * hidden_size + 8 * top_k) + SLACK_BYTES
 
-    The answer is the larger one: at most top_k shards per token, one float32 row and one row number
-    each.
+
+def answer_bytes(num_tokens: int, hidden_size: int, num_shards: int) -> int:
+    """Bound of a dispatch's answer, which is larger: per token and shard one float32 row and its
+    number.
+
+    num_shards: most shards that a token needs of those asked for, never more than its experts.
     """
-    return num_tokens * top_k * (4 * hidden_size + 8) + SLACK_BYTES
+    return num_tokens * num_shards * (4 * hidden_size + 8) + SLACK_BYTES

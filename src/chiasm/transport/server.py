@@ -54,8 +54,10 @@ class Server:
     """One grpc.aio server of one process.
 
     `services` are full names for reflection and health. Health starts NOT_SERVING and follows
-    `set_serving`; the empty service name follows it too, LIVE and LOADED do not. `interceptors`
-    come between a handler and the one that every server has. The port uses the TLS of the process.
+    `set_serving`; the empty service name follows it too, LIVE and LOADED do not. A message has at
+    most `max_message_bytes`, a request at most `max_request_bytes` where that is given.
+    `interceptors` come between a handler and the one that every server has. The port uses the TLS
+    of the process.
     """
 
     def __init__(
@@ -63,12 +65,16 @@ class Server:
         *,
         services: Sequence[str],
         max_message_bytes: int,
+        max_request_bytes: int | None = None,
         interceptors: Sequence[Interceptor] = (),
     ) -> None:
         self._services = ("", *services)
         self.grpc = grpc.aio.server(
             interceptors=[CallInterceptor(), *interceptors],
-            options=[*channel.options(max_message_bytes), ("grpc.so_reuseport", 0)],
+            options=[
+                *channel.options(max_message_bytes, max_received_bytes=max_request_bytes),
+                ("grpc.so_reuseport", 0),
+            ],
         )
         self._probes: grpc.aio.Server | None = None
         self._health = _Health()

@@ -183,6 +183,7 @@ async def _run(
     role: Role,
     services: Sequence[str],
     max_message_bytes: int,
+    max_request_bytes: int | None,
     build: Callable[[ServiceProcess], Service],
     interceptors: Sequence[Interceptor],
 ) -> int:
@@ -191,7 +192,10 @@ async def _run(
     provider = traces.configure(name, instance_id=member_id)
     try:
         server = Server(
-            services=services, max_message_bytes=max_message_bytes, interceptors=interceptors
+            services=services,
+            max_message_bytes=max_message_bytes,
+            max_request_bytes=max_request_bytes,
+            interceptors=interceptors,
         )
         member = Member(
             settings.orchestrator, MemberInfo(member_id=member_id, role=role, address="")
@@ -223,13 +227,14 @@ def serve(
     services: Sequence[str],
     max_message_bytes: int,
     build: Callable[[ServiceProcess], Service],
+    max_request_bytes: int | None = None,
     interceptors: Sequence[Interceptor] = (),
 ) -> NoReturn:
     """Runs a service until SIGTERM or SIGINT, then ends the process.
 
     `name` stands in logs, traces and the member id; `services` are the full names of the grpc
-    services for health and reflection; `build` makes the service, quickly and without loading;
-    `interceptors` come before its handlers.
+    services for health and reflection; messages and requests are bounded as in `Server`; `build`
+    makes the service, quickly and without loading; `interceptors` come before its handlers.
     Exit code: 0, or 1 when it could not start or load.
     """
     with asyncio.Runner() as runner:
@@ -240,6 +245,7 @@ def serve(
                 role=role,
                 services=services,
                 max_message_bytes=max_message_bytes,
+                max_request_bytes=max_request_bytes,
                 build=build,
                 interceptors=interceptors,
             )

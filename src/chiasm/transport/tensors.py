@@ -18,6 +18,9 @@ _DTYPES = {
     tensor_pb2.DTYPE_BFLOAT16: torch.bfloat16,
     tensor_pb2.DTYPE_INT32: torch.int32,
 }
+MAX_DIMENSIONS = 8
+"""Of a tensor that is received; what travels has two."""
+
 _WIRE = {dtype: wire for wire, dtype in _DTYPES.items()}
 
 
@@ -41,13 +44,15 @@ def to_wire(tensor: torch.Tensor, region: Region | None = None) -> tensor_pb2.Te
 def from_wire(wire: tensor_pb2.Tensor, *, name: str, arena: Arena | None = None) -> torch.Tensor:
     """The tensor, in memory of its own.
 
-    Raises InvalidArgument for an unknown dtype, a shape that does not fit the payload, or a payload
-    in shared memory where there is no `arena`; DataLoss for a wrong checksum. `name` is the field
-    named in either.
+    Raises InvalidArgument for an unknown dtype, more than MAX_DIMENSIONS, a shape that does not fit
+    the payload, or a payload in shared memory where there is no `arena`; DataLoss for a wrong
+    checksum. `name` is the field named in either.
     """
     dtype = _DTYPES.get(wire.dtype)
     if dtype is None:
         raise errors.InvalidArgument(f"{name}.dtype", f"unknown dtype {wire.dtype}")
+    if len(wire.shape) > MAX_DIMENSIONS:
+        raise errors.InvalidArgument(f"{name}.shape", f"has more than {MAX_DIMENSIONS} dimensions")
     shape = tuple(wire.shape)
     num_bytes = wire.shared.length if wire.HasField("shared") else len(wire.data)
     if math.prod(shape) * dtype.itemsize != num_bytes:
@@ -69,6 +74,7 @@ def holds(wire: tensor_pb2.Tensor, expected: npt.NDArray[np.int32], arena: Arena
     """
     return (
         wire.dtype == tensor_pb2.DTYPE_INT32
+        and len(wire.shape) == expected.ndim
         and tuple(wire.shape) == expected.shape
         and _payload(wire, "expected", arena).tobytes() == expected.tobytes()
     )
