@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -37,7 +36,9 @@ class ExpertEngine:
         self.loading: tuple[int, ...] = ()
         self.worker = Worker("experts")
         self.loader_pulse = Pulse()
+        self._wanted: frozenset[int] = frozenset()
         self._num_assignments = 0
+        self._reading = asyncio.Lock()
         self._model, self._config, self._verify = model, config, verify
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
@@ -52,20 +53,24 @@ class ExpertEngine:
         """Drops the surplus shards, which may have the room that the others need, then loads the
         missing ones; serving goes on meanwhile.
 
-        A later assignment takes over after the shard being read. A shard that cannot be loaded
-        keeps none of the others from it; what was wrong with the first is raised in the end.
+        A later assignment takes over after the shard being read, which is dropped again before the
+        next one is read where it is not wanted any more. A shard that cannot be loaded keeps none
+        of the others from it; what was wrong with the first is raised in the end.
         """
         self.epoch = epoch
         self._num_assignments += 1
-        number = self._num_assignments
+        number, self._wanted = self._num_assignments, frozenset(shards)
         on_change = on_change or (lambda: None)
-        self._drop_all_but(shards)
+        self._drop_unwanted()
         self.loading = tuple(s for s in sorted(set(shards)) if s not in self.bank.shards)
         on_change()
-        failures = []
+        failures, loop = [], asyncio.get_running_loop()
         for shard in self.loading:
             try:
-                await self._on_loader(self._load, shard, on_layer)
+                async with self._reading:
+                    self._drop_unwanted()
+                    if shard in self._wanted - {*self.bank.shards}:
+                        await loop.run_in_executor(self._loader, self._load, shard, on_layer)
             except Exception as error:
                 log.error("shard_not_loaded", shard=shard, error=str(error)[:256])
                 failures.append(error)
@@ -73,10 +78,10 @@ class ExpertEngine:
                 return
             self.loading = tuple(s for s in self.loading if s != shard)
             on_change()
-        await self._on_loader(lambda: None)  # what an earlier assignment was reading is there now
+        async with self._reading:  # what an earlier assignment was reading is there now
+            self._drop_unwanted()
         if self._num_assignments != number:
             return
-        self._drop_all_but(shards)
         on_change()
         if failures:
             raise failures[0]
@@ -96,17 +101,11 @@ class ExpertEngine:
         self.worker.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    def _drop_all_but(self, shards: Sequence[int]) -> None:
-        for shard in set(self.bank.shards) - set(shards):
+    def _drop_unwanted(self) -> None:
+        for shard in {*self.bank.shards} - self._wanted:
             self.bank.drop(shard)
 
-    async def _on_loader(self, work: Callable[..., None], *args: Any) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._loader, work, *args)
-
     def _load(self, shard: int, on_layer: Callable[[], None] | None) -> None:
-        if shard in self.bank.shards:
-            return
-
         def beat() -> None:
             self.loader_pulse.beat()
             if on_layer is not None:

@@ -99,6 +99,20 @@ async def test_the_later_assignment_counts_whatever_its_epoch(engine: Any, epoch
     assert 1 not in engine.reading
 
 
+async def test_what_is_not_wanted_any_more_is_never_held_beside_what_is(engine: Any) -> None:
+    engine.held_back[0] = threading.Event()
+    assigned = [asyncio.create_task(engine.assign([0], epoch=1))]
+    await until(lambda: engine.reading == [0])
+    for epoch, shard in ((2, 1), (3, 2)):
+        assigned.append(asyncio.create_task(engine.assign([shard], epoch=epoch)))
+        await asyncio.sleep(0.01)
+    engine.held_back[0].set()
+    await asyncio.gather(*assigned)
+    assert engine.bank.shards == (2,)
+    assert engine.bank.most == 1
+    assert engine.reading == [0, 2], "a shard is read though nobody wants it"
+
+
 async def test_what_is_read_for_an_earlier_assignment_is_dropped(engine: Any) -> None:
     await engine.assign([2], epoch=1)
     engine.held_back[0] = threading.Event()
