@@ -15,6 +15,7 @@ from chiasm.membership import MemberInfo, MemberState, Role, ShardSet, Topology
 from chiasm.orchestrator.expert_servers import ExpertServers
 from chiasm.orchestrator.placement import Placement, Server, next_assignment, place, uncovered
 from chiasm.telemetry import metrics
+from chiasm.transport.messages import MAX_EPOCH
 from chiasm.types import Modality
 from chiasm.v1 import experts_pb2
 
@@ -219,7 +220,7 @@ class Placer:
 
     async def _catch_up(self, member: MemberInfo) -> None:
         described = await self._described(member)
-        if described is not None:
+        if described is not None and described.epoch <= MAX_EPOCH:
             self._epoch = max(self._epoch, described.epoch)
 
     async def _described(self, member: MemberInfo) -> experts_pb2.PoolDescription | None:

@@ -49,7 +49,12 @@ def build(
         process.member.update(shard_sets=(shard_set,))
         process.recheck()
 
-    servicer = ExpertPoolServicer(engine, limits, on_change=report)
+    servicer = ExpertPoolServicer(
+        engine,
+        limits,
+        max_assigned=settings.max_assigned or bank.num_shards,
+        on_change=report,
+    )
 
     async def load() -> None:
         if spec.is_auto:

@@ -20,7 +20,7 @@ from chiasm.services.expert_pool.lanes import LaneServer
 from chiasm.telemetry import metrics
 from chiasm.transport import lane
 from chiasm.transport.enums import WIRE_MODALITIES
-from chiasm.transport.messages import answer_bytes
+from chiasm.transport.messages import MAX_EPOCH, answer_bytes
 from chiasm.transport.shared_memory import Arenas
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
@@ -43,11 +43,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
-    """`on_change` is called whenever the set of loaded shards or the drain state changes."""
+    """Takes up to `max_assigned` shards; `on_change` is called whenever the set of loaded shards or
+    the drain state changes."""
 
     def __init__(
-        self, engine: ExpertEngine, limits: wire.DispatchLimits, on_change: Callable[[], None]
+        self,
+        engine: ExpertEngine,
+        limits: wire.DispatchLimits,
+        *,
+        max_assigned: int,
+        on_change: Callable[[], None],
     ) -> None:
+        self._max_assigned = max_assigned
         self._engine, self._limits, self._on_change = engine, limits, on_change
         self._answers = Answers(engine.bank, engine.worker, limits)
         self._lanes = (
@@ -115,8 +122,12 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
     async def Assign(
         self, request: experts_pb2.AssignRequest, context: Context
     ) -> experts_pb2.PoolDescription:
+        if len(request.shards) > self._max_assigned:
+            raise errors.InvalidArgument("shards", f"are more than {self._max_assigned}")
         if any(shard >= self._limits.num_shards for shard in request.shards):
             raise errors.InvalidArgument("shards", f"must lie below {self._limits.num_shards}")
+        if request.epoch > MAX_EPOCH:
+            raise errors.InvalidArgument("epoch", f"must be at most {MAX_EPOCH}")
         if request.epoch < self._engine.epoch:
             raise errors.FailedPrecondition(
                 f"epoch {request.epoch} is older than {self._engine.epoch}", reason="STALE_EPOCH"

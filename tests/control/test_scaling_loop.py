@@ -116,6 +116,16 @@ async def test_a_new_orchestrator_moves_nothing_and_goes_on_from_the_old_epoch()
     assert system.is_covered
 
 
+async def test_an_epoch_that_cannot_be_counted_on_from_is_not_taken_over() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    odd, other = system.processes["text-experts-1"], system.processes["text-experts-2"]
+    odd.epoch, other.told = 2**64 - 1, ()
+    system.start_orchestrator()
+    await system.step(20)
+    assert 0 < other.epoch < 2**62
+
+
 async def test_members_that_come_back_are_waited_for() -> None:
     system = world(text_experts=2, min_text=2)
     await system.step(6)

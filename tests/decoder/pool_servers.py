@@ -240,7 +240,7 @@ async def serving(
         max_queued_bytes=1 << 30,
         text=config.text,
     )
-    servicer = ExpertPoolServicer(engine, limits, on_change=lambda: None)
+    servicer = ExpertPoolServicer(engine, limits, max_assigned=NUM_SHARDS, on_change=lambda: None)
     relay = Relay(servicer)
     message_bytes = answer_bytes(MAX_TOKENS, config.text.hidden_size, config.text.moe_k)
     server = grpc.aio.server(options=options(message_bytes))

@@ -254,6 +254,8 @@ def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -
         for stale in (
             experts_pb2.AssignRequest(shards=[0], epoch=6),
             experts_pb2.AssignRequest(shards=[2], epoch=8),
+            experts_pb2.AssignRequest(shards=[0, 1, 1], epoch=8),
+            experts_pb2.AssignRequest(shards=[0], epoch=2**62),
         ):
             with pytest.raises(grpc.RpcError) as refused:
                 stub.Assign(stale, timeout=TIMEOUT_S)
