@@ -1,4 +1,4 @@
-"""Where the Triton kernels run."""
+"""Where the Triton kernels run, and what a device without memory says."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def has_triton() -> bool:
 def is_triton(device: torch.device) -> bool:
     """Whether tensors on `device` go to the Triton kernels."""
     return device.type == "cuda" and has_triton()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left; of the latter torch tells in words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -13,6 +13,7 @@ import torch
 from opentelemetry import trace
 
 from chiasm import errors
+from chiasm.kernels.device import is_out_of_memory
 from chiasm.model.experts import ExpertBank
 from chiasm.services.expert_pool import wire
 from chiasm.services.expert_pool.budget import Budget
@@ -94,51 +95,57 @@ class Answers:
         self._budget.give_back(held)
 
     def _run(self, received: Received, held: int) -> None:
+        start = time.monotonic_ns()
+        queue_ns = start - received.received_ns
+        # Whatever comes of it: where all come too late, the load must not look light.
+        self._queue_seconds.observe(queue_ns / 1e9)
+        self.loads.add_queued(queue_ns)
         if received.caller.is_gone:
             self.gone(held)
-        else:
-            received.caller.answer(self._answer(received), held)
+            return
+        response = self._answer(received, queue_ns)
+        self.loads.add_computed(time.monotonic_ns() - start)
+        received.caller.answer(response, held)
 
-    def _answer(self, received: Received) -> experts_pb2.DispatchResponse:
+    def _answer(self, received: Received, queue_ns: int) -> experts_pb2.DispatchResponse:
         request, start = received.request, time.monotonic_ns()
-        response = experts_pb2.DispatchResponse(dispatch_id=request.dispatch_id)
+        response = experts_pb2.DispatchResponse(dispatch_id=request.dispatch_id, queue_ns=queue_ns)
         try:
             with self._traced(request) as span:
-                response.queue_ns = start - received.received_ns
-                if response.queue_ns > request.timeout_ns:
+                if queue_ns > request.timeout_ns:
                     raise errors.DeadlineExceeded("dispatch waited past its deadline")
                 with torch.inference_mode():
-                    self._compute(request, received.caller.arenas, response.partials)
+                    self._compute(request, received.caller, response.partials)
                 response.compute_ns = time.monotonic_ns() - start
-                span.set_attribute("chiasm.queue_s", response.queue_ns / 1e9)
+                span.set_attribute("chiasm.queue_s", queue_ns / 1e9)
                 span.set_attribute("chiasm.compute_s", response.compute_ns / 1e9)
-            self._queue_seconds.observe(response.queue_ns / 1e9)
             self._compute_seconds.observe(response.compute_ns / 1e9)
-            self.loads.add_timing(queue_ns=response.queue_ns, compute_ns=response.compute_ns)
         except errors.ChiasmError as error:
             self._refuse(response, error)
-        except Exception:
-            log.exception("dispatch_failed", layer=request.layer)
-            self._refuse(response, errors.Internal("internal error"))
+        except Exception as error:
+            self._refuse(response, _typed(error, request.layer))
         return response
 
     def _compute(
-        self,
-        request: experts_pb2.DispatchRequest,
-        arenas: Arenas | None,
-        partials: experts_pb2.Partials,
+        self, request: experts_pb2.DispatchRequest, caller: Caller, partials: experts_pb2.Partials
     ) -> None:
+        """Fills `partials`, or stops half way when nobody waits for them any more."""
+        arenas = caller.arenas
         args = wire.decode(request, self._limits, arenas)
         region = wire.answer_region(request, arenas)
         device = self._bank.device
         on_device = [t.to(device) for t in (args.hidden, args.expert_ids, args.expert_weights)]
+        done, start = [], time.monotonic_ns()
         # One shard at a time, way back included, so that each one's time is known.
-        for shard in args.shards:
-            start = time.monotonic_ns()
-            (partial,) = self._bank.partials(args.layer, [shard], *on_device)
+        for partial in self._bank.partials(args.layer, args.shards, *on_device):
             partials.shards.append(wire.encode(partial, region))
-            compute_ns = time.monotonic_ns() - start
-            self.loads.add(shard, tokens=partial.rows.numel(), compute_ns=compute_ns)
+            end = time.monotonic_ns()
+            done.append((partial.shard, partial.rows.numel(), end - start))
+            start = end
+            if caller.is_gone:
+                return
+        for shard, num_tokens, compute_ns in done:
+            self.loads.add(shard, tokens=num_tokens, compute_ns=compute_ns)
         self.loads.add_dispatch(args.shards, args.expert_ids)
 
     def _refuse(self, response: experts_pb2.DispatchResponse, error: errors.ChiasmError) -> None:
@@ -165,3 +172,12 @@ class Answers:
                     }
                 )
             yield span
+
+
+def _typed(error: Exception, layer: int) -> errors.ChiasmError:
+    """What an error that is none of ours is answered as; the log has all of it."""
+    if is_out_of_memory(error):
+        log.error("out_of_memory", layer=layer, error=str(error)[:256])
+        return errors.ResourceExhausted("out of memory", retry_after_s=0.05)
+    log.error("dispatch_failed", layer=layer, exc_info=error)
+    return errors.Internal("internal error")

@@ -50,10 +50,13 @@ class Loads:
                 if counts[expert]:
                     self._expert_tokens(expert).inc(counts[expert])
 
-    def add_timing(self, *, queue_ns: int, compute_ns: int) -> None:
-        """Books the times of one dispatch."""
+    def add_queued(self, queue_ns: int) -> None:
+        """Books a dispatch whose turn has come, and how long it waited for that."""
         self._dispatches += 1
         self._queue_ns += queue_ns
+
+    def add_computed(self, compute_ns: int) -> None:
+        """Books the time that a dispatch took, whatever its answer."""
         self._dispatch_ns += compute_ns
 
     def report(self, *, queued: int) -> ExpertLoad:

@@ -79,10 +79,10 @@ class FaultyBank:
         self.hook: PartialsHook | None = None
         self.num_calls = 0
 
-    def partials(self, *args: Any) -> list[Partial]:
+    def partials(self, *args: Any) -> Iterable[Partial]:
         self.num_calls += 1
         found = self._bank.partials(*args)
-        return self.hook(found) if self.hook is not None else found
+        return self.hook(list(found)) if self.hook is not None else found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bank, name)

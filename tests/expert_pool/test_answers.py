@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,12 @@ class Bank:
 
     device = torch.device("cpu")
 
+    def __init__(self) -> None:
+        self.before: Callable[[int], object] = lambda shard: None
+
     def partials(self, layer: int, shards: list[int], *_: torch.Tensor) -> Iterator[Partial]:
         for shard in shards:
+            self.before(shard)
             yield Partial(
                 shard=shard, rows=torch.zeros(1, dtype=torch.int32), values=torch.ones(1, 1)
             )
@@ -127,6 +132,59 @@ def test_an_envelope_that_is_wrong_takes_no_room(desk: Desk) -> None:
     desk.ask(shards=[7])
     assert desk.caller.codes == [code_pb2.INVALID_ARGUMENT]
     assert desk.worker.num_jobs == 0
+
+
+def raises(error: Exception) -> Callable[[int], None]:
+    def act(shard: int) -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("before", "code"),
+    [
+        (lambda _: torch.empty(1 << 50), code_pb2.RESOURCE_EXHAUSTED),
+        (raises(MemoryError()), code_pb2.RESOURCE_EXHAUSTED),
+        (raises(torch.OutOfMemoryError("CUDA out of memory")), code_pb2.RESOURCE_EXHAUSTED),
+        (raises(RuntimeError("a defect")), code_pb2.INTERNAL),
+    ],
+    ids=["host", "python", "gpu", "defect"],
+)
+def test_without_memory_others_may_be_asked(
+    desk: Desk, before: Callable[[int], object], code: int
+) -> None:
+    desk.bank.before = before
+    desk.ask(timeout_ns=2**62)
+    desk.worker.run()
+    assert desk.caller.codes == [code]
+    assert not desk.answers.loads.to_proto(), "what failed has done nothing for its shards"
+
+
+def test_dispatches_that_come_too_late_are_load_all_the_same(desk: Desk) -> None:
+    now = time.monotonic_ns()
+    desk.ask(timeout_ns=1, received_ns=now - 10**9)
+    desk.ask(timeout_ns=1, received_ns=now - 10**9)
+    desk.worker.run()
+    assert desk.caller.codes == [code_pb2.DEADLINE_EXCEEDED]
+    desk.caller.is_gone = True
+    desk.worker.run()
+    load = desk.answers.loads.report(queued=0)
+    assert load.dispatches_total == 2
+    assert load.queue_s_total >= 2
+
+
+def test_a_caller_that_goes_is_not_computed_for_any_further(desk: Desk) -> None:
+    computed = []
+
+    def before(shard: int) -> None:
+        computed.append(shard)
+        desk.caller.is_gone = True
+
+    desk.bank.before = before
+    desk.ask(timeout_ns=2**62)
+    desk.worker.run()
+    assert computed == [1]
 
 
 async def test_a_stream_that_ends_gives_back_what_it_holds() -> None:

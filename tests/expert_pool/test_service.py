@@ -13,6 +13,7 @@ from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from processes import ServiceProcess, running
 
+from chiasm import errors
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
@@ -114,6 +115,17 @@ def test_partials_are_those_of_the_whole_pool(
             values = tensors.from_wire(mine.values, name="values")
             assert torch.allclose(values, theirs.values, atol=TOLERANCE)
         assert answers[n].compute_ns > 0
+
+
+def test_a_dispatch_keeps_to_the_shards_that_are_held_when_it_begins(
+    tiny_checkpoint: Path, config: ModelConfig
+) -> None:
+    held = bank(tiny_checkpoint, config, Modality.TEXT, 4)
+    begun = held.partials(LAYER, [1, 3], *tokens(config, 5, 0))
+    held.drop(3)
+    assert [p.shard for p in begun] == [1, 3]
+    with pytest.raises(errors.NotFound, match="shard 3"):
+        held.partials(LAYER, [1, 3], *tokens(config, 5, 0))
 
 
 def test_a_replica_gives_the_same_bits(

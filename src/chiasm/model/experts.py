@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -91,31 +91,37 @@ class ExpertBank:
         hidden: torch.Tensor,
         expert_ids: torch.Tensor,
         expert_weights: torch.Tensor,
-    ) -> list[Partial]:
-        """One partial per shard, ascending. Shapes as in Dispatch.
+    ) -> Iterator[Partial]:
+        """One partial per shard, ascending, computed when it is asked for. Shapes as in Dispatch.
 
-        Raises NotFound for a shard that is not loaded.
+        Raises NotFound for a shard that is not loaded, before any is computed; one that is dropped
+        later is computed all the same.
         """
-        held = self._shards
-        found = []
-        for shard in sorted(shards):
-            layers = held.get(shard)
-            if layers is None:
+        held, wanted = self._shards, sorted(shards)
+        for shard in wanted:
+            if shard not in held:
                 raise errors.NotFound(
                     f"{self.modality} shard {shard} is not loaded here", reason="SHARD_NOT_HELD"
                 )
-            rows, values = shard_partial(hidden, expert_ids, expert_weights, layers[layer])
-            found.append(Partial(shard=shard, rows=rows, values=values))
-        return found
+
+        def compute() -> Iterator[Partial]:
+            for shard in wanted:
+                weights = held[shard][layer]
+                rows, values = shard_partial(hidden, expert_ids, expert_weights, weights)
+                yield Partial(shard=shard, rows=rows, values=values)
+
+        return compute()
 
     def answer(self, dispatch: Dispatch) -> list[Partial]:
         """The partials of every shard that is loaded."""
-        return self.partials(
-            dispatch.layer,
-            self.shards,
-            dispatch.hidden,
-            dispatch.expert_ids,
-            dispatch.expert_weights,
+        return list(
+            self.partials(
+                dispatch.layer,
+                self.shards,
+                dispatch.hidden,
+                dispatch.expert_ids,
+                dispatch.expert_weights,
+            )
         )
 
     def _read(self, checkpoint: Checkpoint, layer: int, shard: int) -> ShardWeights:
