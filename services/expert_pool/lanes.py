@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -20,6 +22,12 @@ from chiasm.v1 import experts_pb2
 MAX_LANES = 64
 """Lanes open at once; a decoder beyond it uses its stream."""
 
+MAX_UNREAD_NS = 60_000_000_000
+"""No packet lies unread for so long: the server would have been taken for dead."""
+
+ACCEPT_PAUSE_S = 1.0
+"""For so long no lane is accepted after the process had no descriptor for one."""
+
 log = structlog.get_logger()
 
 
@@ -29,25 +37,42 @@ class LaneServer:
     def __init__(self, worker: Worker, answers: Answers, *, max_arena_bytes: int) -> None:
         self._worker, self._answers, self._max_arena_bytes = worker, answers, max_arena_bytes
         self._listening, name = lane.listen()
+        self._is_listening = False
         self._lanes: set[ServerLane] = set()
         self.offer = experts_pb2.LaneOffer(
             boot_id=lane.boot_id(), socket=name, max_arena_bytes=max_arena_bytes
         )
-        worker.watch(self._listening.fileno(), self._accept)
+        self._listen()
 
     def close(self) -> None:
         """Ends all lanes; dispatches that are on their way are repeated elsewhere."""
-        if self._listening.fileno() >= 0:
-            self._worker.unwatch(self._listening.fileno())
-            self._listening.close()
+        self._pause()
+        self._listening.close()
         for open_lane in tuple(self._lanes):
             open_lane.close()
+
+    def _listen(self) -> None:
+        if self._listening.fileno() >= 0:
+            self._worker.watch(self._listening.fileno(), self._accept)
+            self._is_listening = True
+
+    def _pause(self) -> None:
+        if self._is_listening:
+            self._worker.unwatch(self._listening.fileno())
+            self._is_listening = False
 
     def _accept(self) -> None:
         try:
             connected, _ = self._listening.accept()
-        except OSError:
-            return  # it is gone again
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # Who knocks goes on to: the thread would do nothing but turn them away.
+                log.warning("lane_not_accepted", error=str(error))
+                self._pause()
+                again = threading.Timer(ACCEPT_PAUSE_S, self._worker.submit, (self._listen,))
+                again.daemon = True
+                again.start()
+            return  # otherwise it is gone again
         if len(self._lanes) >= MAX_LANES or not lane.is_own_user(connected):
             connected.close()
             return
@@ -112,12 +137,17 @@ class ServerLane:
             return
         except (OSError, DecodeError, errors.ChiasmError) as error:
             self._fail(error)
+        except Exception as error:
+            # Left open it would be read again, and fail again, for ever.
+            log.exception("lane_defect")
+            self._fail(error)
 
     def _receive(self, packet: bytes) -> None:
         request = experts_pb2.DispatchRequest.FromString(packet)
         now = time.monotonic_ns()
-        # A clock of another time namespace is of no use.
-        is_sane = 0 <= now - request.sent_ns <= request.timeout_ns
+        # A clock of another time namespace is of no use, nor is none at all.
+        unread_ns = now - request.sent_ns if request.sent_ns else -1
+        is_sane = 0 <= unread_ns <= min(request.timeout_ns, MAX_UNREAD_NS)
         self._answers.submit(
             Received(
                 request=request,

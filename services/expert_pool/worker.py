@@ -61,14 +61,14 @@ class Worker:
         while not self._is_closed:
             if not self._jobs:
                 self.pulse.rest()  # whoever submits just now wakes the thread, and it beats again
-            self._wakeup.wait(0 if self._jobs else None)
-            self.pulse.beat()
-            if self._jobs and not self._is_closed:
-                self._is_running = True
-                try:
+            try:
+                self._wakeup.wait(0 if self._jobs else None)
+                self.pulse.beat()
+                if self._jobs and not self._is_closed:
+                    self._is_running = True
                     self._jobs.popleft()()
-                except Exception:
-                    # The thread must outlive a defect in one job.
-                    log.exception("job_failed")
-                finally:
-                    self._is_running = False
+            except Exception:
+                # The thread must outlive a defect in one job or handler.
+                log.exception("job_failed")
+            finally:
+                self._is_running = False
