@@ -186,15 +186,15 @@ class ServerLink:
             await asyncio.sleep(pause_s)
 
     async def _probe(self, stub: experts_pb2_grpc.ExpertPoolStub) -> experts_pb2.PoolDescription:
-        """Returns when the server answers."""
+        """Returns when the server answers, and takes work."""
         while True:
-            try:
+            with contextlib.suppress(grpc.RpcError):
                 description: experts_pb2.PoolDescription = await stub.Describe(
                     experts_pb2.DescribeRequest(), timeout=PROBE_TIMEOUT_S
                 )
-                return description
-            except grpc.RpcError:
-                await asyncio.sleep(PROBE_PAUSE_S)
+                if not description.draining:
+                    return description
+            await asyncio.sleep(PROBE_PAUSE_S)
 
     async def _live(
         self, stub: experts_pb2_grpc.ExpertPoolStub, description: experts_pb2.PoolDescription

@@ -81,6 +81,8 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         requests: AsyncIterator[experts_pb2.DispatchRequest],
         context: Context,
     ) -> AsyncIterator[experts_pb2.DispatchResponse]:
+        if self.draining:  # nobody would end the stream, whose dispatches are all refused
+            raise errors.Unavailable("server is draining", reason="DRAINING")
         if len(self._streams) >= MAX_STREAMS:
             raise errors.ResourceExhausted("too many streams are open", retry_after_s=1.0)
         stream = _Stream(self._answers)

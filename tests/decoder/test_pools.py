@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from chiasm.services.decoder import link
 from chiasm.services.decoder.dispatches import PoolFailed, PoolUnavailable
 from chiasm.services.decoder.hedging import BURST
 from chiasm.services.decoder.lane import NUM_SLOTS
+from chiasm.services.expert_pool import servicer
 from chiasm.telemetry import metrics
 from chiasm.transport import shared_memory
 from chiasm.v1 import experts_pb2
@@ -296,6 +297,31 @@ async def test_a_server_drains_while_it_computes(tiny_checkpoint: Path, lane: bo
         await drained[0]
         for seed in range(6):
             await pool.check(4, seed)
+
+
+async def test_a_server_that_drains_is_connected_to_once_it_takes_work_again(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pool_of(tiny_checkpoint, ALL) as pool:
+        (server,) = pool.servers
+        await server.servicer.Drain(experts_pb2.DrainRequest(), None)  # type: ignore[arg-type]  # is not used
+        with pytest.raises(errors.Unavailable):
+            await anext(server.servicer.Dispatch(_no_requests(), None))  # type: ignore[arg-type]
+        pool.watcher.publish([])
+        pool.watcher.publish([(server.address, ALL)])
+        await asyncio.sleep(0.3)
+        assert not pool._connections()
+        server.servicer._set_draining(False)
+        await pool.reachable(1)
+        await pool.check(4, 1)
+        monkeypatch.setattr(servicer, "MAX_STREAMS", 1)
+        with pytest.raises(errors.ResourceExhausted):
+            await anext(server.servicer.Dispatch(_no_requests(), None))  # type: ignore[arg-type]
+
+
+async def _no_requests() -> AsyncIterator[experts_pb2.DispatchRequest]:
+    for request in ():
+        yield request
 
 
 @ways

@@ -17,7 +17,7 @@ from chiasm import errors
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
-from chiasm.transport import tensors
+from chiasm.transport import status, tensors
 from chiasm.transport.messages import answer_bytes, request_bytes
 from chiasm.types import Modality, ShardSpec
 from chiasm.v1 import common_pb2, experts_pb2, experts_pb2_grpc, tensor_pb2
@@ -286,8 +286,10 @@ def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -
         assert stub.Drain(experts_pb2.DrainRequest(), timeout=TIMEOUT_S).draining
         time.sleep(0.5)
         assert describe().draining, "a drain without a lease holds"
-        answers = dispatch(stub, [request(config, shards=[1], **vision)])
-        assert answers[1].error.code == code_pb2.UNAVAILABLE
+        with pytest.raises(grpc.RpcError) as refused:
+            dispatch(stub, [request(config, shards=[1], **vision)])
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert status.from_rpc_error(refused.value).reason == "DRAINING"
 
 
 def test_describe_tells_the_load_of_each_shard(
