@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from chiasm.errors import DataLoss
 from chiasm.kernels.quant import cpu, int4, int8, tcq2
 from chiasm.kernels.quant.formats import ExpertMatrices
 from chiasm.kernels.quant.hadamard import BLOCK, rotate
@@ -50,12 +51,15 @@ class Cost:
 
 
 def encode(
-    weight: torch.Tensor, form: ExpertFormat, importance: torch.Tensor | None
+    weight: torch.Tensor, form: ExpertFormat, importance: torch.Tensor | None, *, name: str
 ) -> tuple[dict[str, torch.Tensor], Cost]:
     """weight [N, K] -> tensors by field, and the cost.
 
-    importance: float32 [K], the mean squares of the inputs, or None.
+    importance: float32 [K], the mean squares of the inputs, or None. Raises DataLoss, with the
+    matrix's name, where a weight is not a finite number: codes would make one of it.
     """
+    if not weight.isfinite().all():
+        raise DataLoss(f"{name} has weights that are not finite", reason="CHECKPOINT_CORRUPT")
     weight = weight.float()
     target = weight
     if form.is_rotated:

@@ -2,8 +2,9 @@
 
 A file is renamed to its name when it is whole, then the manifest names it with its checksum. A run
 that was killed leaves whole files, and a partial one that the next run overwrites; it goes on with
-the first file that the manifest does not name. config.json comes last, so what is not complete is
-no checkpoint that anything would load.
+the first file that the manifest does not name, or that is not what the manifest says. config.json
+comes last, when all else is on the disk, so what is not complete is no checkpoint that anything
+would load.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +91,7 @@ def run(
                 entry = writer.write(file, out)
                 done = dataclasses.replace(done, files={**done.files, file.name: entry})
                 done.save(out)
-        _finish(plan, out)
-    return done
+        return _finish(plan, out, done)
 
 
 class _Writer:
@@ -128,10 +130,11 @@ class _Writer:
             weights = self._checkpoint.expert(bank.layer, bank.modality, expert)
             for projection, weight in zip((GATE_UP, DOWN), weights, strict=True):
                 heed = self._importance(bank.layer, bank.modality, expert, projection)
-                tensors, cost = encode(weight, bank.format, heed)
+                name = f"{bank.prefix(expert)}{projection}"
+                tensors, cost = encode(weight, bank.format, heed, name=name)
                 costs[projection] += cost
-                for field, name in tensor_names(bank, expert, projection).items():
-                    stream.add(name, tensors[field])
+                for field, stored in tensor_names(bank, expert, projection).items():
+                    stream.add(stored, tensors[field])
                     self._on_bytes(tensors[field].nbytes)
         return {projection: dataclasses.asdict(cost) for projection, cost in costs.items()}
 
@@ -142,7 +145,7 @@ class _Writer:
             weight, cost = self._checkpoint.get(f"{name}.weight"), Cost()
             parts: dict[str, list[torch.Tensor]] = {}
             for rows in torch.split(weight, DENSE_ROWS):  # each has a scale of its own
-                tensors, part_cost = encode(rows, ExpertFormat("int8"), None)
+                tensors, part_cost = encode(rows, ExpertFormat("int8"), None, name=name)
                 cost += part_cost
                 for part, tensor in tensors.items():
                     parts.setdefault(part, []).append(tensor)
@@ -182,26 +185,47 @@ def _resumed(plan: Plan, out: Path) -> Manifest:
 
 
 def _is_whole(path: Path, entry: FileEntry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.num_bytes
+    if not path.is_file() or path.stat().st_size != entry.num_bytes:
+        return False
+    return manifest.sha256(path) == entry.sha256
 
 
-def _finish(plan: Plan, out: Path) -> None:
+def _finish(plan: Plan, out: Path, done: Manifest) -> Manifest:
     """Index, the other files of the model, and config.json, the last."""
     weight_map = {key: file.name for file in plan.files for key in file.layout}
     index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
-    _replace(out / INDEX, index)
+    _replace(out / INDEX, partial(write_json, value=index))
+    copied = {}
     for path in sorted(plan.source.iterdir()):
         is_other = path.is_file() and not path.name.endswith(_WEIGHTS)
         if is_other and path.name not in ("config.json", manifest.NAME):
-            shutil.copyfile(path, out / path.name)
+            copy = out / path.name
+            _replace(copy, partial(shutil.copyfile, path))
+            copied[path.name] = FileEntry(manifest.sha256(copy), copy.stat().st_size, {})
+    done = dataclasses.replace(done, files={**done.files, **copied})
+    done.save(out)
+    _sync(out)  # the names of everything so far, before the one that says it is complete
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     config.pop(BAIDU_KEY, None)
     if not plan.quantization.is_stored:
         config[KEY] = plan.quantization.block()
-    _replace(out / "config.json", config)
+    _replace(out / "config.json", partial(write_json, value=config))
+    _sync(out)
+    return done
 
 
-def _replace(path: Path, document: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    write_json(partial, document)
-    partial.replace(path)
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written; under its name it is whole and on the disk."""
+    unfinished = path.with_name(f"{path.name}.partial")
+    write(unfinished)
+    _sync(unfinished)
+    unfinished.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """What a file or a folder holds is on the disk then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
