@@ -163,7 +163,13 @@ def test_lossy_codecs(film, tmp_path, config):
     frames = np.broadcast_to(
         np.linspace(0, 255, 96, dtype=np.uint8)[None, None, :, None], (20, 64, 96, 3)
     )
-    for container, codec in (("mp4", "libx264"), ("webm", "libvpx-vp9"), ("mpegts", "mpeg4")):
+    for container, codec in (
+        ("mp4", "libx264"),
+        ("mp4", "mpeg4"),
+        ("webm", "libvpx-vp9"),
+        ("mpegts", "mpeg4"),
+        ("asf", "wmv2"),
+    ):
         data = film(frames, container=container, codec=codec, pix_fmt="yuv420p")
         lossless = preprocess_video(film(frames), ours)
         patches = preprocess_video(data, ours)

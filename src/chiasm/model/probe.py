@@ -31,6 +31,9 @@ _MARGINS = 256 * 256
 # address a playlist names.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 
+# Codecs whose size MP4 leaves to the decoder; none has frames above 8191 x 8191.
+_SIZED_BY_DECODERS = "mpeg4,h263,h261"
+
 
 Source = bytes | BinaryIO
 """A media file: its bytes, or an open file, which is read from its beginning and left open."""
@@ -62,8 +65,8 @@ class VideoInfo:
 
 def check_size(field: str, width: int, height: int, max_pixels: int) -> None:
     """Raises InvalidArgument(field) for an empty picture and for one above `max_pixels`."""
-    if width < 1 or height < 1:
-        raise InvalidArgument(field, "declares no size")
+    if width < 1 or height < 1:  # FFmpeg clears a size it refuses
+        raise InvalidArgument(field, f"declares no size, or one far above {max_pixels} pixels")
     if width * height > max_pixels:
         raise InvalidArgument(
             field, f"declares {width} x {height} pixels, limit {max_pixels} in all"
@@ -118,12 +121,16 @@ def open_video(source: Source, limits: VideoLimits) -> Iterator[tuple[Any, Any]]
     Whatever FFmpeg finds wrong within the block is raised as InvalidArgument("video"); so are a
     file without video stream, one without decoder, and declared sizes above `limits`.
     """
+    # Holds for every frame a decoder makes room for, whatever the header says. Room has margins, so
+    # this bound is loose: check_size is the exact one.
+    bound = {"max_pixels": str(2 * limits.max_pixels + _MARGINS)}
     options = {
         "format_whitelist": _CONTAINERS,
         "protocol_whitelist": "none",
-        # No decoder has this name. Opening would decode first frames of whatever size otherwise:
-        # no bound reaches the decoders of streams that are only found on the way.
-        "codec_whitelist": "none",
+        # Opening would decode first frames of any codec and size: no bound reaches the decoders of
+        # streams that are only found on the way.
+        "codec_whitelist": _SIZED_BY_DECODERS,
+        **bound,
     }
     try:
         with av.open(_opened(source), options=options, metadata_errors="ignore") as container:
@@ -134,9 +141,7 @@ def open_video(source: Source, limits: VideoLimits) -> Iterator[tuple[Any, Any]]
                 raise InvalidArgument("video", "is of a codec that has no decoder here")
             check_size("video", stream.width, stream.height, limits.max_pixels)
             check_length(stream.frames, stream.frames * stream.width * stream.height, limits)
-            # Holds for every frame the decoder makes room for, whatever the header says. Room has
-            # margins, so this bound is loose: check_size is the exact one.
-            stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels + _MARGINS)}
+            stream.codec_context.options = bound
             yield container, stream
     except (av.FFmpegError, ValueError) as error:
         raise InvalidArgument("video", f"cannot be decoded: {error}") from None
