@@ -19,6 +19,7 @@ from chiasm.kernels.moe.operands import GROUPED, Operands, has_kernels, operands
 from chiasm.kernels.moe.permute import MAX_EXPERTS, Permutation, permute
 from chiasm.kernels.moe.reference import ShardWeights
 from chiasm.kernels.moe.transform import dequantise, rotated
+from chiasm.kernels.quant.formats import GROUP
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -164,13 +165,14 @@ def run_down(
 
 def constants(matrices: Operands, tile: Tile) -> dict[str, object]:
     """Constants and options that both products are compiled with."""
+    step = GROUP if matrices.format in GROUPED else tile.block_k
     return {
         "FORMAT": matrices.format,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "BLOCK_E": max(16, 1 << (matrices.num_experts - 1).bit_length()),
-        "IS_WHOLE": matrices.shape[1] % tile.block_k == 0,
+        "IS_WHOLE": matrices.shape[1] % step == 0,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,

@@ -42,10 +42,19 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where they cannot be had. Compiles on the first call."""
     assert torch.get_num_threads()  # torch's own OpenMP is loaded first, and then shared
     try:
-        return ctypes.CDLL(str(compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+        return _loaded()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("native_kernels_unavailable", error=_first_line(error))
         return None
+
+
+def _loaded() -> ctypes.CDLL:
+    path = compiled()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)  # damaged in the cache
+        return ctypes.CDLL(str(compiled()))
 
 
 @functools.cache
@@ -59,7 +68,7 @@ def compiled(extra_flags: Sequence[str] = ()) -> Path:
     """The path of the library, compiled if it is not there yet.
 
     Processes that start together wait for the first to compile. Raises FileNotFoundError without a
-    compiler, and what subprocess raises when it fails.
+    compiler, RuntimeError without a home, and what subprocess raises when it fails.
     """
     compiler = _compiler()
     flags = [*FLAGS, *extra_flags]
@@ -84,7 +93,9 @@ def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
             capture_output=True,
             timeout=TIMEOUT_S,
         )
-        out.replace(path)  # whole or not at all
+        with out.open("rb") as file:
+            os.fsync(file.fileno())
+        out.replace(path)  # whole or not at all, whatever loses power
 
 
 def _compiler() -> str:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from chiasm.config import ComputeSettings
+from chiasm.transport.messages import MAX_STEP_TOKENS
 
 
 class DecoderSettings(ComputeSettings):
@@ -29,6 +30,7 @@ class DecoderSettings(ComputeSettings):
     max_step_tokens: int = Field(
         512,
         ge=1,
+        le=MAX_STEP_TOKENS,
         description="Tokens of one engine step, more than max_running; longer prompts are "
         "prefilled in chunks.",
     )

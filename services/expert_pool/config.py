@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from chiasm.config import ComputeSettings
+from chiasm.transport.messages import MAX_STEP_TOKENS
 from chiasm.types import Modality, ShardSpec
 
 
@@ -34,7 +35,10 @@ class ExpertPoolSettings(ComputeSettings):
         description="Most shards to be assigned with --shards auto/N; 0: as many as there are.",
     )
     max_dispatch_tokens: int = Field(
-        4096, ge=1, description="Most tokens of one dispatch; bounds the message size."
+        4096,
+        ge=1,
+        le=MAX_STEP_TOKENS,
+        description="Most tokens of one dispatch; bounds the message size.",
     )
     max_queued_dispatches: int = Field(
         256, ge=1, description="Dispatches queued over all streams; one more is refused."

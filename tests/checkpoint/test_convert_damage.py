@@ -11,7 +11,7 @@ from checkpoint.test_convert import convert
 from safetensors.torch import load_file, save_file
 
 from chiasm.convert.plan import Options
-from chiasm.errors import DataLoss
+from chiasm.errors import DataLoss, NotFound
 from chiasm.model import manifest
 from chiasm.model.manifest import Manifest
 
@@ -34,6 +34,22 @@ def test_the_manifest_has_the_files_that_are_copied(tiny_checkpoint: Path, tmp_p
     for file in tiny_checkpoint.iterdir():
         if file.name in files:
             assert files[file.name].sha256 == manifest.sha256(tmp_path / file.name)
+
+
+def test_a_source_that_is_cut_short_or_not_whole_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, source)
+    file = sorted(source.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataLoss) as refused:
+        convert(source, tmp_path / "out")
+    assert refused.value.reason == "CHECKPOINT_CORRUPT"
+    file.unlink()
+    with pytest.raises(NotFound) as missing:
+        convert(source, tmp_path / "out")
+    assert missing.value.reason == "FILE_NOT_FOUND"
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,26 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert first.is_relative_to(tmp_path / "chiasm" / "native")
 
 
+def test_a_damaged_library_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build.compiled().read_bytes()
+    attempts = [b"", whole]
+
+    def compile_to(compiler: str, flags: list[str], path: Path) -> None:
+        path.write_bytes(attempts.pop(0))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", compile_to)
+    build.library.cache_clear()
+    try:
+        assert build.library() is not None
+    finally:
+        build.library.cache_clear()
+    assert not attempts
+    assert build.compiled().read_bytes() == whole
+
+
 def test_without_a_compiler_the_log_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
     build.library.cache_clear()

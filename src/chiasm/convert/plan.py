@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from chiasm.errors import InvalidArgument
+from chiasm.errors import DataLoss, InvalidArgument, NotFound
 from chiasm.kernels.quant import table
 from chiasm.kernels.quant.hadamard import BLOCK
 from chiasm.model import dense_weights
@@ -210,13 +210,20 @@ def _copies(files: Mapping[str, Path], replaced: set[str]) -> Iterator[CopyFile]
         by_file.setdefault(files[key], []).append(key)
     for number, (path, keys) in enumerate(sorted(by_file.items()), start=1):
         layout = {}
-        with safe_open(path, framework="pt") as source:
-            for key in keys:
-                piece = source.get_slice(key)
-                dtype = DTYPES.get(piece.get_dtype())
-                if dtype is None:
-                    raise InvalidArgument(key, f"has the dtype {piece.get_dtype()}")
-                layout[key] = (dtype, tuple(piece.get_shape()))
+        try:
+            with safe_open(path, framework="pt") as source:
+                for key in keys:
+                    piece = source.get_slice(key)
+                    dtype = DTYPES.get(piece.get_dtype())
+                    if dtype is None:
+                        raise InvalidArgument(key, f"has the dtype {piece.get_dtype()}")
+                    layout[key] = (dtype, tuple(piece.get_shape()))
+        except FileNotFoundError:
+            raise NotFound(f"{path} does not exist", reason="FILE_NOT_FOUND") from None
+        except SafetensorError as error:
+            raise DataLoss(
+                f"{path} is damaged or cut short: {error}", reason="CHECKPOINT_CORRUPT"
+            ) from None
         yield CopyFile(name=f"model-{number:05d}.safetensors", source=path, layout=layout)
 
 

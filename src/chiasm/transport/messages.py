@@ -8,6 +8,9 @@ SLACK_BYTES = 64 << 10
 CONTROL_BYTES = 4 << 20
 """Bound of messages whose payload is a list of tokens or less."""
 
+MAX_STEP_TOKENS = 16_384
+"""Most tokens of one step and so of one dispatch: its answer is a message below grpc's 2 GiB."""
+
 MAX_EPOCH = (1 << 62) - 1
 """Largest placement epoch: whoever counts on from it by ones does not leave uint64."""
 
