@@ -73,7 +73,8 @@ class ScalingLoop:
                     if self._clock() - decided_at >= self._interval_s:
                         decided_at = self._clock()
                         await self.decide()
-                    await self.place()
+                    if self._may_act():  # the backend may have taken its time
+                        await self.place()
                 except Exception:
                     # One bad step must not end all that follow.
                     log.exception("step_failed")
