@@ -377,12 +377,8 @@ async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
 ) -> None:
     """Each try holds up the requests of other pools, so there is a pause before the next one."""
     monkeypatch.setattr(link, "MIN_PAUSE_S", 100 * WAIT_S)
-    async with pool_of(tiny_checkpoint, ALL, lane=False) as pool:
-
-        def refuse(_: experts_pb2.DispatchRequest) -> None:
-            raise RuntimeError("a defect")
-
-        pool.servers[0].relay.on_request = refuse
+    async with pool_of(tiny_checkpoint, ALL, lane=False, attempt_timeout_s=0.2) as pool:
+        pool.servers[0].bank.hook = sleep(1.0)
         with pytest.raises(PoolUnavailable):
             await pool.ask(dispatch(pool.config, 3))
         await asyncio.sleep(10 * link.PROBE_PAUSE_S)
