@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from unittest.mock import AsyncMock, Mock
 
 import pytest
 from control.scaling_world import CONFIG, NUM_SHARDS, TEXT, VISION, Process, World, world
@@ -13,9 +11,6 @@ from control.scaling_world import CONFIG, NUM_SHARDS, TEXT, VISION, Process, Wor
 from chiasm import errors
 from chiasm.load import ExpertLoad, GatewayLoad
 from chiasm.membership import Role
-from chiasm.orchestrator.loop import ScalingLoop
-from chiasm.orchestrator.placer import Placer
-from chiasm.orchestrator.planner import Planner
 from chiasm.orchestrator.scaling import ScalingSettings
 from chiasm.orchestrator.types import Pool
 from chiasm.types import Modality
@@ -322,66 +317,6 @@ async def test_without_a_backend_shards_are_placed() -> None:
     assert system.is_covered
     assert system.loop.decision is not None
     assert not system.loop.decision.replicas
-
-
-async def test_the_loop_goes_round_on_changes_and_survives_a_bad_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    system = world(text_experts=1)
-    changes: asyncio.Queue[None] = asyncio.Queue()
-    steps = 0
-
-    async def place() -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 1:
-            raise RuntimeError("a defect")
-
-    async def changed(_: object) -> None:
-        await changes.get()
-
-    log = Mock()
-    monkeypatch.setattr("chiasm.orchestrator.loop.log", log)
-    monkeypatch.setattr(system.loop, "place", place)
-    running = asyncio.create_task(system.loop.run(changed))
-    async with asyncio.timeout(10):
-        for expected in range(1, 4):
-            while steps < expected:  # noqa: ASYNC110  # a step is told by nobody
-                await asyncio.sleep(0.01)
-            changes.put_nowait(None)
-    running.cancel()
-    log.exception.assert_called_once_with("step_failed")
-
-
-async def test_who_stops_being_the_leader_while_the_backend_is_asked_places_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    system = world(text_experts=1)
-    leads, asked, placed = True, asyncio.Event(), AsyncMock()
-    loop = ScalingLoop(
-        system.membership,
-        planner=Planner({}),
-        placer=Placer(system, min_holders=1, rebalance_s=60.0, clock=lambda: system.now),
-        servers=system,
-        backend=None,
-        applies=False,
-        interval_s=2.0,
-        may_act=lambda: leads,
-    )
-
-    async def decide() -> None:
-        nonlocal leads
-        leads = False
-        asked.set()
-
-    monkeypatch.setattr(loop, "decide", decide)
-    monkeypatch.setattr(loop, "place", placed)
-    running = asyncio.create_task(loop.run(AsyncMock()))
-    async with asyncio.timeout(10):
-        await asked.wait()
-    await asyncio.sleep(0.05)
-    running.cancel()
-    placed.assert_not_called()
 
 
 def test_every_pool_has_its_settings() -> None:

@@ -25,7 +25,6 @@ from decoder.pool_servers import (
 
 from chiasm import errors
 from chiasm.model.moe import Partial
-from chiasm.services.decoder import link
 from chiasm.services.decoder.dispatches import PoolFailed, PoolUnavailable
 from chiasm.services.decoder.hedging import BURST
 from chiasm.services.decoder.lane import NUM_SLOTS
@@ -370,29 +369,6 @@ async def test_a_stuck_server_without_a_replica_is_given_up(
         await pool.reachable(1)
         await asyncio.sleep(1.0)
         await pool.check(3, 1)
-
-
-async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each try holds up the requests of other pools, so there is a pause before the next one."""
-    monkeypatch.setattr(link, "MIN_PAUSE_S", 100 * WAIT_S)
-    async with pool_of(tiny_checkpoint, ALL, lane=False, attempt_timeout_s=0.2) as pool:
-        pool.servers[0].bank.hook = sleep(1.0)
-        with pytest.raises(PoolUnavailable):
-            await pool.ask(dispatch(pool.config, 3))
-        await asyncio.sleep(10 * link.PROBE_PAUSE_S)
-        assert not pool.remote.is_covered
-
-
-def test_pauses_double_until_a_dispatch_is_answered() -> None:
-    silent, pauses = link.NoAnswer("silent"), [0.0]
-    for _ in range(7):
-        pauses.append(link.next_pause_s(pauses[-1], silent, has_answered=False))
-    assert pauses == [0, 1, 2, 4, 8, 16, 30, 30]
-    assert link.next_pause_s(30, silent, has_answered=True) < 1
-    assert link.next_pause_s(30, errors.Unavailable("killed"), has_answered=False) < 1
-    assert link.next_pause_s(0, errors.DataLoss("damaged"), has_answered=True) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -228,6 +228,13 @@ def test_a_request_has_a_smaller_bound_than_its_answer(
     assert dispatch(stub, [request(config)])[1].HasField("partials")
 
 
+def assert_refused(stub: Stub, assignment: experts_pb2.AssignRequest) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Assign(assignment, timeout=TIMEOUT_S)
+    codes = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
+    assert refused.value.code() in codes
+
+
 def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -> None:
     flags = ("--model", str(tiny_checkpoint), "--modality", "vision", "--dtype", "float32")
     with (
@@ -269,12 +276,7 @@ def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -
             experts_pb2.AssignRequest(shards=[0, 1, 1], epoch=8),
             experts_pb2.AssignRequest(shards=[0], epoch=2**62),
         ):
-            with pytest.raises(grpc.RpcError) as refused:
-                stub.Assign(stale, timeout=TIMEOUT_S)
-            assert refused.value.code() in (
-                grpc.StatusCode.FAILED_PRECONDITION,
-                grpc.StatusCode.INVALID_ARGUMENT,
-            )
+            assert_refused(stub, stale)
         lease = experts_pb2.DrainRequest(lease_ms=300)
         assert stub.Drain(lease, timeout=TIMEOUT_S).draining
         end = time.monotonic() + TIMEOUT_S

@@ -1,0 +1,45 @@
+"""How long a decoder leaves an expert server alone whose connection has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from decoder.pool_servers import WAIT_S, dispatch, pool_of
+
+from chiasm import errors
+from chiasm.model.moe import Partial
+from chiasm.services.decoder import link
+from chiasm.services.decoder.dispatches import PoolUnavailable
+
+ALL = (0, 1, 2, 3)
+
+
+def slowly(found: list[Partial]) -> list[Partial]:
+    time.sleep(1.0)
+    return found
+
+
+async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try holds up the requests of other pools, so there is a pause before the next one."""
+    monkeypatch.setattr(link, "MIN_PAUSE_S", 100 * WAIT_S)
+    async with pool_of(tiny_checkpoint, ALL, lane=False, attempt_timeout_s=0.2) as pool:
+        pool.servers[0].bank.hook = slowly
+        with pytest.raises(PoolUnavailable):
+            await pool.ask(dispatch(pool.config, 3))
+        await asyncio.sleep(10 * link.PROBE_PAUSE_S)
+        assert not pool.remote.is_covered
+
+
+def test_pauses_double_until_a_dispatch_is_answered() -> None:
+    silent, pauses = link.NoAnswer("silent"), [0.0]
+    for _ in range(7):
+        pauses.append(link.next_pause_s(pauses[-1], silent, has_answered=False))
+    assert pauses == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert link.next_pause_s(30, silent, has_answered=True) < 1
+    assert link.next_pause_s(30, errors.Unavailable("killed"), has_answered=False) < 1
+    assert link.next_pause_s(0, errors.DataLoss("damaged"), has_answered=True) == 1
