@@ -6,7 +6,7 @@ new process is not ready before the old one has gone. See ADR 0014.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ from chiasm.transport.channel import open_channel
 from chiasm.transport.interceptors import Interceptor
 from chiasm.transport.messages import CONTROL_BYTES
 
-RELAYED_KEY = "chiasm-relayed"
+_RELAYED_KEY = "chiasm-relayed"
 """Metadata of a call that comes from a follower."""
 
 OWN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -26,6 +26,11 @@ OWN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 RETRY_AFTER_S = 1.0
 
 _NOT_PASSED_ON = ("user-agent",)
+
+
+def is_relayed(metadata: Iterable[tuple[str, str | bytes]]) -> bool:
+    """Whether a call with this metadata comes from a follower."""
+    return any(key == _RELAYED_KEY for key, _ in metadata)
 
 
 class Relay(Interceptor):
@@ -50,13 +55,13 @@ class Relay(Interceptor):
         if handler is None or self._leads() or details.method.startswith(OWN):
             return handler
         metadata = [(k, v) for k, v in details.invocation_metadata if k not in _NOT_PASSED_ON]
-        is_relayed = any(key == RELAYED_KEY for key, _ in metadata)
-        metadata.append((RELAYED_KEY, "1"))
+        was_relayed = is_relayed(metadata)
+        metadata.append((_RELAYED_KEY, "1"))
 
         # On the wire a call of one message is a stream of one message.
         async def forward(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             leader = self._leader()
-            if is_relayed or not leader:
+            if was_relayed or not leader:
                 raise _no_leader("there is no leader")
             call = (await self._to(leader)).stream_stream(details.method, None, None)(
                 requests, timeout=context.time_remaining(), metadata=metadata

@@ -16,7 +16,7 @@ from chiasm import errors
 from chiasm.membership import MemberState, Role, Topology
 from chiasm.orchestrator.launcher import Launcher
 from chiasm.orchestrator.members import TICKS_PER_LEASE, Membership
-from chiasm.orchestrator.relay import RELAYED_KEY
+from chiasm.orchestrator.relay import is_relayed
 from chiasm.telemetry import metrics
 from chiasm.transport import loads
 from chiasm.transport.topology import member_from_proto, topology_to_proto
@@ -92,7 +92,8 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
             finally:
                 # At the end of our own life all streams end, and nobody has left for it.
                 if member_id and not self._is_closing:
-                    self._end(member_id, session, is_certain=has_left or not _is_relayed(context))
+                    is_direct = not is_relayed(context.invocation_metadata() or ())
+                    self._end(member_id, session, is_certain=has_left or is_direct)
 
     def _end(self, member_id: str, session: int, *, is_certain: bool) -> None:
         """Takes a member out whose stream has ended. One that a follower passed on may have ended
@@ -157,10 +158,6 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
         _export(self._told)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def _is_relayed(context: Any) -> bool:
-    return any(key == RELAYED_KEY for key, _ in context.invocation_metadata() or ())
 
 
 def _export(topology: Topology) -> None:

@@ -8,20 +8,23 @@ the door is shut.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import grpc
 
 from chiasm import errors
-from chiasm.transport.interceptors import Interceptor, refusal
+from chiasm.transport.interceptors import Guard
 
 SPARE = 16
 """Calls above `max_in_flight` whose messages are read: those that ask for the model, and those that
 the servicer refuses and counts."""
 
 
-class AdmissionInterceptor(Interceptor):
+def full(problem: str, retry_after_s: float) -> errors.ResourceExhausted:
+    """What a gateway without room refuses with, wherever it finds out."""
+    return errors.ResourceExhausted(problem, reason="GATEWAY_FULL", retry_after_s=retry_after_s)
+
+
+class AdmissionInterceptor(Guard):
     """Bounds the calls of one service, `service` by its full name, from their headers to their end.
 
     Health and reflection are not counted.
@@ -32,28 +35,16 @@ class AdmissionInterceptor(Interceptor):
         self._retry_after_s = retry_after_s
         self._num_calls = 0
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith(self._prefix):
-            return handler
+    def check(self, details: grpc.HandlerCallDetails) -> None:
+        if not details.method.startswith(self._prefix):
+            return
         if self._num_calls >= self._limit:
-            error = errors.ResourceExhausted(
-                f"{self._num_calls} requests are in flight",
-                reason="GATEWAY_FULL",
-                retry_after_s=self._retry_after_s,
-            )
-            return refusal(method, error)
+            raise full(f"{self._num_calls} requests are in flight", self._retry_after_s)
         # The call's own task: it ends with the call, also with one whose message never comes.
         task = asyncio.current_task()
         assert task is not None
         self._num_calls += 1
         task.add_done_callback(self._ended)
-        return handler
 
     def _ended(self, _: object) -> None:
         self._num_calls -= 1

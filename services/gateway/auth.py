@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import grpc
 import structlog
 
 from chiasm import errors
-from chiasm.transport.interceptors import Interceptor, refusal
+from chiasm.transport.interceptors import Guard
 from chiasm.transport.stamps import stamp
 
 HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."
@@ -64,7 +63,7 @@ class ApiKeys:
         log.info("api_keys_read", num_keys=len(self._digests))
 
 
-class ApiKeyInterceptor(Interceptor):
+class ApiKeyInterceptor(Guard):
     """Refuses calls without a key that `keys` holds, before anything of them is read.
 
     A call brings its key as the metadata `authorization: Bearer KEY`. keyless: a word of KEYLESS.
@@ -73,22 +72,14 @@ class ApiKeyInterceptor(Interceptor):
     def __init__(self, keys: ApiKeys, *, keyless: str) -> None:
         self._keys, self._keyless = keys, KEYLESS[keyless]
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or method.startswith(self._keyless):
-            return handler
-        key = _bearer(handler_call_details.invocation_metadata or ())
+    def check(self, details: grpc.HandlerCallDetails) -> None:
+        if details.method.startswith(self._keyless):
+            return
+        key = _bearer(details.invocation_metadata or ())
         if key is None:
-            error = errors.Unauthenticated("the call has no `authorization: Bearer KEY`")
-            return refusal(method, error)
+            raise errors.Unauthenticated("the call has no `authorization: Bearer KEY`")
         if not self._keys.holds(key):
-            return refusal(method, errors.Unauthenticated("the API key is not known"))
-        return handler
+            raise errors.Unauthenticated("the API key is not known")
 
 
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:

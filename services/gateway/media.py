@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
 from chiasm import errors
-from chiasm.model.probe import MAX_VIDEO_PIXELS, VideoLimits, probe_image, probe_video
+from chiasm.model.probe import VideoLimits, probe_image, probe_video
 from chiasm.services.gateway.domain import MediaItem, MediaSource
 from chiasm.types import MediaKind
 
@@ -95,6 +95,6 @@ def _probe(source: MediaSource, data: bytes, max_pixels: int) -> None:
         if source.kind is MediaKind.IMAGE:
             probe_image(data, max_pixels=max_pixels)
         else:
-            probe_video(data, VideoLimits(max_pixels=min(max_pixels, MAX_VIDEO_PIXELS)))
+            probe_video(data, VideoLimits.beside_images(max_pixels))
     except errors.InvalidArgument as error:
         raise errors.InvalidArgument(source.field, error.description) from None

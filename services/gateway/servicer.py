@@ -12,6 +12,7 @@ import structlog
 from opentelemetry import context as otel_context
 
 from chiasm import errors
+from chiasm.services.gateway import admission
 from chiasm.services.gateway.config import GatewaySettings
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.domain import PromptInput
@@ -144,9 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             problem = f"{held} bytes of other requests' media are held, limit {limit}"
         else:
             return
-        raise errors.ResourceExhausted(
-            problem, reason="GATEWAY_FULL", retry_after_s=self._settings.retry_after_s
-        )
+        raise admission.full(problem, self._settings.retry_after_s)
 
 
 @contextlib.asynccontextmanager

@@ -14,7 +14,7 @@ from chiasm.model.geometry import image_grid, num_tokens, video_grid
 from chiasm.model.images import read_image
 from chiasm.model.load import load_module
 from chiasm.model.patches import RawPatches
-from chiasm.model.probe import MAX_VIDEO_PIXELS, VideoLimits, probe_image, probe_video
+from chiasm.model.probe import VideoLimits, probe_image, probe_video
 from chiasm.model.processing import ProcessingConfig
 from chiasm.model.resampler import Resampler
 from chiasm.model.video import read_video
@@ -39,7 +39,7 @@ class VisionModel:
     ) -> None:
         self._tower, self._resampler, self._processing = tower, resampler, processing
         self._max_pixels, self._max_batch_patches = max_pixels, max_batch_patches
-        self._video_limits = VideoLimits(max_pixels=min(max_pixels, MAX_VIDEO_PIXELS))
+        self._video_limits = VideoLimits.beside_images(max_pixels)
         self._weight = resampler.after_norm.weight
 
     @classmethod

@@ -118,6 +118,16 @@ class Relay(experts_pb2_grpc.ExpertPoolServicer):
             yield response
 
 
+def sleep(seconds: float) -> Callable[[list[Partial]], list[Partial]]:
+    """Makes a server slow."""
+
+    def hook(found: list[Partial]) -> list[Partial]:
+        time.sleep(seconds)
+        return found
+
+    return hook
+
+
 @dataclass(kw_only=True)
 class Server:
     """A running server."""

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
-from decoder.pool_servers import WAIT_S, dispatch, pool_of
+from decoder.pool_servers import WAIT_S, dispatch, pool_of, sleep
 
 from chiasm import errors
-from chiasm.model.moe import Partial
 from chiasm.services.decoder import link
 from chiasm.services.decoder.dispatches import PoolUnavailable
 
 ALL = (0, 1, 2, 3)
-
-
-def slowly(found: list[Partial]) -> list[Partial]:
-    time.sleep(1.0)
-    return found
 
 
 async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
@@ -28,7 +21,7 @@ async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
     """Each try holds up the requests of other pools, so there is a pause before the next one."""
     monkeypatch.setattr(link, "MIN_PAUSE_S", 100 * WAIT_S)
     async with pool_of(tiny_checkpoint, ALL, lane=False, attempt_timeout_s=0.2) as pool:
-        pool.servers[0].bank.hook = slowly
+        pool.servers[0].bank.hook = sleep(1.0)
         with pytest.raises(PoolUnavailable):
             await pool.ask(dispatch(pool.config, 3))
         await asyncio.sleep(10 * link.PROBE_PAUSE_S)

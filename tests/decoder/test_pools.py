@@ -21,6 +21,7 @@ from decoder.pool_servers import (
     hedges,
     pool_of,
     sent_by,
+    sleep,
 )
 
 from chiasm import errors
@@ -42,14 +43,6 @@ ways = pytest.mark.parametrize("lane", [True, False], ids=["lane", "stream"])
 
 def flip(data: bytes) -> bytes:
     return bytes([data[0] ^ 1]) + data[1:]
-
-
-def sleep(seconds: float) -> Callable[[list[Partial]], list[Partial]]:
-    def hook(found: list[Partial]) -> list[Partial]:
-        time.sleep(seconds)
-        return found
-
-    return hook
 
 
 @ways

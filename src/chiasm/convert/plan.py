@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from chiasm.errors import DataLoss, InvalidArgument, NotFound
+from chiasm.errors import InvalidArgument
 from chiasm.kernels.quant import table
 from chiasm.kernels.quant.hadamard import BLOCK
 from chiasm.model import dense_weights
@@ -160,7 +159,7 @@ def make(source: Path, options: Options) -> Plan:
         ]
         replaced = set().union(*(_keys(checkpoint, bank) for bank in banks))
         replaced.update(*(checkpoint.keys_of(f"{n}.weight") for f in dense for n in f.matrices))
-        copies = list(_copies(checkpoint.files, replaced))
+        copies = list(_copies(checkpoint, replaced))
     files: list[PlannedFile] = [*copies, *dense, *map(_expert_file, banks)]
     if quantization.table_sha256:
         files.append(TableFile(name=_TABLE_FILE, layout={TABLE_KEY: (torch.int8, (256,))}))
@@ -203,27 +202,20 @@ def _keys(checkpoint: Checkpoint, bank: Bank) -> set[str]:
     return keys
 
 
-def _copies(files: Mapping[str, Path], replaced: set[str]) -> Iterator[CopyFile]:
+def _copies(checkpoint: Checkpoint, replaced: set[str]) -> Iterator[CopyFile]:
     """One file for each source file that keeps any of its tensors."""
     by_file: dict[Path, list[str]] = {}
+    files = checkpoint.files
     for key in sorted(files.keys() - replaced):
         by_file.setdefault(files[key], []).append(key)
     for number, (path, keys) in enumerate(sorted(by_file.items()), start=1):
         layout = {}
-        try:
-            with safe_open(path, framework="pt") as source:
-                for key in keys:
-                    piece = source.get_slice(key)
-                    dtype = DTYPES.get(piece.get_dtype())
-                    if dtype is None:
-                        raise InvalidArgument(key, f"has the dtype {piece.get_dtype()}")
-                    layout[key] = (dtype, tuple(piece.get_shape()))
-        except FileNotFoundError:
-            raise NotFound(f"{path} does not exist", reason="FILE_NOT_FOUND") from None
-        except SafetensorError as error:
-            raise DataLoss(
-                f"{path} is damaged or cut short: {error}", reason="CHECKPOINT_CORRUPT"
-            ) from None
+        for key in keys:
+            stored, shape = checkpoint.stored(key)
+            dtype = DTYPES.get(stored)
+            if dtype is None:
+                raise InvalidArgument(key, f"has the dtype {stored}")
+            layout[key] = (dtype, shape)
         yield CopyFile(name=f"model-{number:05d}.safetensors", source=path, layout=layout)
 
 

@@ -84,7 +84,7 @@ def run(
         with Checkpoint(plan.source, plan.config) as checkpoint:
             for file in plan.files:
                 entry = done.files.get(file.name)
-                if entry is not None and _is_whole(out / file.name, entry):
+                if entry is not None and entry.matches(out / file.name):
                     on_bytes(file_bytes(file))
                     continue
                 writer = _Writer(checkpoint, importance, on_bytes)
@@ -182,12 +182,6 @@ def _resumed(plan: Plan, out: Path) -> Manifest:
             "out", f"{out} holds a conversion of another model or with other options"
         )
     return done
-
-
-def _is_whole(path: Path, entry: FileEntry) -> bool:
-    if not path.is_file() or path.stat().st_size != entry.num_bytes:
-        return False
-    return manifest.sha256(path) == entry.sha256
 
 
 def _finish(plan: Plan, out: Path, done: Manifest) -> Manifest:

@@ -101,6 +101,14 @@ class Checkpoint:
         """A canonical name of the language model, or the beginning of one, as stored here."""
         return self._naming.text_prefix + name.removeprefix("model.")
 
+    def stored(self, key: str) -> tuple[str, Shape]:
+        """The dtype, in safetensors' word, and the shape of the tensor stored under `key`.
+
+        Raises NotFound naming tensor and file, DataLoss for a file that is damaged.
+        """
+        piece = self._slice(key)
+        return piece.get_dtype(), tuple(piece.get_shape())
+
     def read_into(self, key: str, target: torch.Tensor) -> None:
         """Copies the tensor stored under `key`, which no layout renames, to memory of the caller.
 

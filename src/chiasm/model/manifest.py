@@ -25,6 +25,12 @@ class FileEntry:
     num_bytes: int
     notes: Mapping[str, Any]
 
+    def matches(self, file: Path) -> bool:
+        """Whether a file is there and is the one; reads it whole where the size is right."""
+        return (
+            file.is_file() and file.stat().st_size == self.num_bytes and sha256(file) == self.sha256
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -71,7 +77,7 @@ class Manifest:
         entry = self.files.get(file.name)
         if entry is None:
             raise DataLoss(f"{file} is not in {NAME}", reason="CHECKPOINT_CORRUPT")
-        if file.stat().st_size != entry.num_bytes or sha256(file) != entry.sha256:
+        if not entry.matches(file):
             raise DataLoss(
                 f"{file} does not match its checksum in {NAME}", reason="CHECKPOINT_CORRUPT"
             )

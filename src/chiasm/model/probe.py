@@ -50,6 +50,12 @@ class VideoLimits:
     max_decoded_pixels: int = 100_000_000_000
     """Most pixels of all frames together; the default is such an hour in 1280 x 720."""
 
+    @classmethod
+    def beside_images(cls, max_image_pixels: int) -> VideoLimits:
+        """Of who takes images of so many pixels: a frame has no more, and never more than
+        MAX_VIDEO_PIXELS."""
+        return cls(max_pixels=min(max_image_pixels, MAX_VIDEO_PIXELS))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:

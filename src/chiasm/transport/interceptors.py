@@ -72,11 +72,29 @@ class CallInterceptor(Interceptor):
         )
 
 
-def refusal(method: str, error: errors.ChiasmError) -> Any:
-    """A handler that refuses and reads nothing: a call of one message is a stream of one.
+class Guard(Interceptor):
+    """Refuses calls before anything of them is read. For what comes after CallInterceptor."""
 
-    For interceptors that come after CallInterceptor.
-    """
+    def check(self, details: grpc.HandlerCallDetails) -> None:
+        """Raises what a call that begins is refused with; runs in the call's own task."""
+        raise NotImplementedError
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Any],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is not None:
+            try:
+                self.check(handler_call_details)
+            except errors.ChiasmError as error:
+                return _refusal(handler_call_details.method, error)
+        return handler
+
+
+def _refusal(method: str, error: errors.ChiasmError) -> Any:
+    """A handler that refuses and reads nothing: a call of one message is a stream of one."""
 
     async def refuse(_: Any, context: _Context) -> AsyncIterator[Any]:
         if method.startswith(_QUIET):
