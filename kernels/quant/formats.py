@@ -99,10 +99,14 @@ class CodedMatrices(ABC):
 
     def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         if x.device.type != "cpu":
-            return F.linear(x, self.dequantize(expert, x.dtype))
+            return self.widened_linear(x, expert)
         from chiasm.kernels.quant import cpu  # which is built on this module
 
         return cpu.linear(self, x, expert)
+
+    def widened_linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """`linear` by torch alone, on any device."""
+        return F.linear(x, self.dequantize(expert, x.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,11 @@ class Int8Matrices(CodedMatrices):
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         return (self.codes[expert].float() * self.scale[expert, :, None]).to(dtype)
+
+    def widened_linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Scales the sums: codes are exact in every dtype, so that no matrix is made in float32."""
+        sums = F.linear(x, self.codes[expert].to(x.dtype))
+        return (sums.float() * self.scale[expert]).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)

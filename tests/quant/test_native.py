@@ -5,16 +5,23 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from quant.matrices import FORMATS, SHAPES
 from structlog.testing import capture_logs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.kernels import native
 from chiasm.kernels.native import build
 from chiasm.kernels.quant import cpu
-from chiasm.kernels.quant.formats import DenseMatrices, ExpertMatrices, Tcq2Matrices
+from chiasm.kernels.quant.formats import (
+    CodedMatrices,
+    DenseMatrices,
+    ExpertMatrices,
+    Tcq2Matrices,
+)
 
 # A result is rounded to bfloat16, by up to 2^-8 of itself; without a compiler so are the weights.
 LINEAR_TOLERANCE = 8e-3
@@ -83,6 +90,39 @@ def test_float32_products_are_those_of_the_widened_matrix(name: str) -> None:
     x = inputs(5, 256, seed=2).float()
     expected = x.double() @ matrices.dequantize(1, torch.float32).double().t()
     assert relative_error(matrices.linear(x, 1), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_of_other_devices(name: str, dtype: torch.dtype) -> None:
+    matrices = FORMATS[name](2, 24, 256, seed=1)
+    assert isinstance(matrices, CodedMatrices)
+    x = inputs(5, 256, seed=2).to(dtype)
+    found = matrices.widened_linear(x, 1)
+    expected = x.double() @ matrices.dequantize(1, torch.float32).double().t()
+    assert found.dtype is dtype
+    assert relative_error(found, expected) <= (1e-6 if dtype is torch.float32 else LINEAR_TOLERANCE)
+
+
+class Float32Made(TorchDispatchMode):
+    """Elements of the largest float32 tensor that was made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype is torch.float32:
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+def test_int8_makes_no_matrix_of_float32_on_other_devices() -> None:
+    matrices = FORMATS["int8"](2, 24, 256, seed=1)
+    assert isinstance(matrices, CodedMatrices)
+    x = inputs(5, 256, seed=2)
+    with Float32Made() as made:
+        matrices.widened_linear(x, 1)
+    assert made.largest == 5 * 24
 
 
 @pytest.mark.parametrize("name", FORMATS)
