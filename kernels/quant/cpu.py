@@ -75,9 +75,11 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
         return grouped_linear(matrices.inner, rotate(x), runs)
     out = x.new_empty(runs.index.numel(), matrices.shape[0])
     most = _most_rows(matrices, x)
-    few = []
+    few: list[tuple[int, int, int]] = []
     for run in zip(runs.experts, runs.begin, runs.end, strict=True):
         expert, begin, end = run
+        if begin == end:
+            continue
         if end - begin <= most:
             few.append(run)
         else:

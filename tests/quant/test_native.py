@@ -156,6 +156,15 @@ def test_runs_are_multiplied_with_their_own_expert(name: str) -> None:
 
 
 @pytest.mark.usefixtures("any_library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*FORMATS, "dense"])
+def test_no_rows_make_no_rows(name: str, dtype: torch.dtype) -> None:
+    weight = torch.ones(2, 24, 256, dtype=dtype)
+    matrices = DenseMatrices(weight) if name == "dense" else FORMATS[name](2, 24, 256, seed=1)
+    assert cpu.linear(matrices, torch.empty(0, 256, dtype=dtype), 1).shape == (0, 24)
+
+
+@pytest.mark.usefixtures("any_library")
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 9, 33)], ids=str)
 def test_products_with_bfloat16_matrices(shape: tuple[int, int, int]) -> None:
     g = torch.Generator().manual_seed(sum(shape))
