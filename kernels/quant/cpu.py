@@ -86,10 +86,25 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
             weight = widened(matrices, expert, x.dtype)
             torch.mm(x[runs.index[begin:end]], weight.t(), out=out[begin:end])
     if few:
-        x, index = x.contiguous(), runs.index.contiguous()
+        index = runs.index.contiguous()
+        if len(few) < len(runs.experts):
+            x, index = _only_read(x, index, few)
+        x = x.contiguous()
         lists = torch.tensor(few, dtype=torch.int32).t().contiguous()
         _multiply(matrices, x, len(few), *lists, index, out)
     return out
+
+
+def _only_read(
+    x: torch.Tensor, index: torch.Tensor, runs: Sequence[tuple[int, int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that some runs read, and where `index` finds them: the products lay out every row
+    that they are given, which under skewed routing are mostly rows of other runs."""
+    is_read = torch.zeros(x.shape[0], dtype=torch.bool)
+    for _, begin, end in runs:
+        is_read[index[begin:end]] = True
+    place = is_read.cumsum(0, dtype=torch.int32) - 1
+    return x[is_read], place[index]
 
 
 def _most_rows(matrices: ExpertMatrices, x: torch.Tensor) -> int:

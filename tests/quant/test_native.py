@@ -155,6 +155,30 @@ def test_runs_are_multiplied_with_their_own_expert(name: str) -> None:
         assert relative_error(found[begin:end], expected) <= LINEAR_TOLERANCE
 
 
+def test_only_rows_of_runs_of_few_rows_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that go through a widened matrix alone are not laid out for the compiled products."""
+    library, num_rows = native.library(), []
+    assert library is not None
+    matrices, x = FORMATS["int8"](3, 20, 128, seed=5), inputs(60, 128, seed=6)
+    index = torch.tensor([*range(1, 60), 7, 3, 0, 7], dtype=torch.int32)
+    runs = cpu.Runs(experts=(0, 1, 2), begin=(0, 59, 61), end=(59, 61, 63), index=index)
+    apart = [
+        matrices.linear(x[index[b:e]], i) for i, b, e in ((0, 0, 59), (1, 59, 61), (2, 61, 63))
+    ]
+
+    class Seen:
+        def chiasm_linear(self, *args: Any) -> None:
+            num_rows.append(args[2].value)
+            library.chiasm_linear(*args)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(library, name)
+
+    monkeypatch.setattr(native, "library", Seen)
+    assert torch.equal(cpu.grouped_linear(matrices, x, runs), torch.cat(apart))
+    assert num_rows == [3]
+
+
 @pytest.mark.usefixtures("any_library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*FORMATS, "dense"])
