@@ -1,6 +1,7 @@
 """Routed experts of one shard: weighted partial sums over its experts.
 
     reference.py  plain torch; the specification of the others
+    scratch.py    how many experts are computed together
     cpu.py        the same on a CPU, low-precision matrices read as they are stored
     operands.py   matrices of any format as the kernels take them
     permute.py    sorts the pairs of a dispatch by expert

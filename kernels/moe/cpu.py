@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from chiasm.kernels.moe.reference import ShardWeights
+from chiasm.kernels.moe.scratch import groups
 from chiasm.kernels.quant.cpu import Runs, grouped_linear
+from chiasm.kernels.quant.formats import ExpertMatrices
+from chiasm.kernels.quant.hadamard import RotatedMatrices, rotate
 
 
 def shard_partial(
@@ -25,31 +32,46 @@ def shard_partial(
     # By expert, and within an expert by token: a token's experts come in ascending order.
     expert, order = torch.sort(expert, stable=True)
     token, choice = token[order], choice[order]
-    runs = _runs(expert, token, weights.num_experts)
-    gate, up = grouped_linear(weights.gate_up, hidden, runs).chunk(2, dim=-1)
-    inner = F.silu(gate) * up  # [P, I]
-    straight = torch.arange(len(token), dtype=torch.int32)
-    out = grouped_linear(
-        weights.down,
-        inner,
-        Runs(experts=runs.experts, begin=runs.begin, end=runs.end, index=straight),
-    )
-    scaled = out.float() * expert_weights[token, choice, None]
     slot = torch.searchsorted(rows, token)
-    for turn in _turns(slot):
-        values.index_add_(0, slot[turn], scaled[turn])
+    counts = torch.bincount(expert, minlength=weights.num_experts).tolist()
+    gate_up = weights.gate_up
+    if isinstance(gate_up, RotatedMatrices):  # once, however many groups there are
+        gate_up, hidden = gate_up.inner, rotate(hidden)
+    begin = 0
+    for experts in groups(counts, pair_bytes=_pair_bytes(weights.down, hidden.dtype)):
+        runs = _runs(experts, counts, token[begin:])
+        part = slice(begin, begin + len(runs.index))
+        scaled = _results(hidden, gate_up, weights.down, runs).float()
+        scaled *= expert_weights[token[part], choice[part], None]
+        for turn in _turns(slot[part]):
+            values.index_add_(0, slot[part][turn], scaled[turn])
+        begin = part.stop
     return rows.to(torch.int32), values
 
 
-def _runs(expert: torch.Tensor, token: torch.Tensor, num_experts: int) -> Runs:
-    counts = torch.bincount(expert, minlength=num_experts)
-    ends = counts.cumsum(0)
-    experts = counts.nonzero().squeeze(-1)
+def _results(
+    hidden: torch.Tensor, gate_up: ExpertMatrices, down: ExpertMatrices, runs: Runs
+) -> torch.Tensor:
+    """[P, H] of the pairs of some experts, in hidden's dtype."""
+    gate, up = grouped_linear(gate_up, hidden, runs).chunk(2, dim=-1)
+    inner = F.silu(gate) * up  # [P, I]
+    del gate, up  # which take more than all that follows
+    straight = torch.arange(len(inner), dtype=torch.int32)
+    return grouped_linear(down, inner, replace(runs, index=straight))
+
+
+def _pair_bytes(down: ExpertMatrices, dtype: torch.dtype) -> int:
+    """Held at a time: gate, up and as much again; or a result, as float32 too, and a copy."""
+    width, inner = down.shape
+    return max(4 * inner * dtype.itemsize, width * (dtype.itemsize + 4 + 4))
+
+
+def _runs(experts: range, counts: Sequence[int], token: torch.Tensor) -> Runs:
+    """The pairs of `experts`, the first of `token`."""
+    held = [expert for expert in experts if counts[expert]]
+    ends = list(itertools.accumulate(counts[expert] for expert in held))
     return Runs(
-        experts=experts.tolist(),
-        begin=(ends - counts)[experts].tolist(),
-        end=ends[experts].tolist(),
-        index=token.to(torch.int32),
+        experts=held, begin=[0, *ends[:-1]], end=ends, index=token[: ends[-1]].to(torch.int32)
     )
 
 
@@ -58,8 +80,6 @@ def _turns(slot: torch.Tensor) -> list[torch.Tensor]:
 
     What is added to a row comes in ascending experts then, however many rows there are.
     """
-    if not len(slot):
-        return []
     order = torch.argsort(slot, stable=True)
     by_slot = slot[order]
     first = torch.searchsorted(by_slot, by_slot)  # where each row's pairs begin

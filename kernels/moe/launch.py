@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from chiasm import errors
-from chiasm.kernels.moe import configs
+from chiasm.kernels.moe import configs, scratch
 from chiasm.kernels.moe.configs import Operation, Problem, Tile
 from chiasm.kernels.moe.operands import GROUPED, Operands, has_kernels, operands
 from chiasm.kernels.moe.permute import MAX_EXPERTS, Permutation, permute
@@ -26,10 +26,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DENSE_TOKENS = 64
 """Tokens per expert from which int4 and tcq2 are written out as weights before the product: below,
 a product decodes every code once or twice anyway. Not measured yet."""
-
-SCRATCH_BYTES = 256 << 20
-"""Of decoded weights, inner activations and results held at a time. An expert that needs more than
-that gets it: its share is bounded by the dispatch."""
 
 COMBINE_BLOCK = 512
 
@@ -216,25 +212,14 @@ def groups(
     *,
     is_decoded: bool,
 ) -> Iterator[range]:
-    """Ascending runs of experts that fit SCRATCH_BYTES; each begins and ends with one that has
-    pairs, and together they hold all pairs.
-    """
+    """`scratch.groups` of a call: of inner activations, results and, decoded, of weights."""
     width, inner = down.shape
-    pair_bytes = inner * dtype.itemsize + 4 * width
     decoded = [m.shape[0] * m.shape[1] for m in (gate_up, down) if m.format in GROUPED]
-    expert_bytes = max(decoded, default=0) * dtype.itemsize * is_decoded
-    first = last = num_pairs = 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        used = (expert + 1 - first) * expert_bytes + (num_pairs + count) * pair_bytes
-        if num_pairs and used > SCRATCH_BYTES:
-            yield range(first, last + 1)
-            num_pairs = 0
-        first, last = expert if not num_pairs else first, expert
-        num_pairs += count
-    if num_pairs:
-        yield range(first, last + 1)
+    return scratch.groups(
+        counts,
+        pair_bytes=inner * dtype.itemsize + 4 * width,
+        expert_bytes=max(decoded, default=0) * dtype.itemsize * is_decoded,
+    )
 
 
 def _num_programs(call: Call, rows: int, tile: Tile) -> int:

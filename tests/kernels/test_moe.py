@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from quant.matrices import tcq2
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.moe import ShardWeights, scratch, shard_partial
 from chiasm.kernels.quant.formats import DenseMatrices
+from chiasm.kernels.quant.hadamard import RotatedMatrices
 from chiasm.types import shard_experts
 
 TOLERANCE = 2e-5
@@ -83,6 +88,41 @@ def test_same_dispatch_gives_the_same_bits_whatever_shares_the_server() -> None:
     for (rows, values), (rows2, values2) in zip(first, again, strict=True):
         assert torch.equal(rows, rows2)
         assert torch.equal(values, values2)
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the largest tensor that was made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.largest = max(self.largest, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "rotated"])
+def test_little_scratch_is_kept_to_and_changes_no_bit(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    shard = shard_of(*bank(16, 128, 128, seed=1, dtype=dtype), range(2, 14))
+    if precision == "rotated":
+        gate_up, down = (RotatedMatrices(tcq2(12, *shape)) for shape in ((256, 128), (128, 128)))
+        shard = ShardWeights(first=2, gate_up=gate_up, down=down)
+    ids, weights = routing(200, 16, 4, seed=2)
+    x = torch.randn(200, 128, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with Made() as made:
+        expected = shard_partial(x, ids, weights, shard)
+    limit = 1 << 17
+    assert made.largest > 2 * limit
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", limit)
+    with Made() as made:
+        found = shard_partial(x, ids, weights, shard)
+    assert made.largest <= limit
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_products_and_sum_are_float32_in_bfloat16() -> None:

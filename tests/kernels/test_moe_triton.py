@@ -15,7 +15,15 @@ import torch
 
 from chiasm import errors
 from chiasm.kernels import moe
-from chiasm.kernels.moe import ShardWeights, configs, launch, permute, reference, transform
+from chiasm.kernels.moe import (
+    ShardWeights,
+    configs,
+    launch,
+    permute,
+    reference,
+    scratch,
+    transform,
+)
 from chiasm.kernels.moe.configs import Problem, Tile
 from chiasm.kernels.moe.operands import Format, operands
 from chiasm.kernels.quant.formats import (
@@ -231,7 +239,7 @@ def test_little_scratch_changes_no_bit(format: Format, monkeypatch: pytest.Monke
     case = Case(format, tokens=12, held=range(2, 12), seed=5)
     monkeypatch.setattr(launch, "DENSE_TOKENS", 1)
     rows, values = case.triton()
-    monkeypatch.setattr(launch, "SCRATCH_BYTES", 6_000)
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 6_000)
     stored = operands(case.weights.gate_up), operands(case.weights.down)
     counts = permuted(case.ids, case.weights).counts
     groups = launch.groups(counts, *stored, torch.float32, is_decoded=True)
@@ -253,7 +261,7 @@ def test_groups_hold_all_pairs_and_as_little_else_as_can_be(
         drawn = torch.randint(0, 40, (20,), generator=g) - 15
         counts = tuple(drawn.clamp(min=0).tolist())
         limit = 2_000 * (1 + seed)
-        monkeypatch.setattr(launch, "SCRATCH_BYTES", limit)
+        monkeypatch.setattr(scratch, "SCRATCH_BYTES", limit)
         found = list(launch.groups(counts, gate_up, down, torch.float32, is_decoded=is_decoded))
         held = [expert for group in found for expert in group]
         assert held == sorted(set(held))
