@@ -1,4 +1,4 @@
-"""Where the Triton kernels run, and what a device without memory says."""
+"""Where the Triton kernels run, and what a device says that has no memory or is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ def is_triton(device: torch.device) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the host had no memory left; of the latter torch tells in words."""
+    """Whether a device or the host had no memory left; torch has a class for it, and words."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    words = "out of memory" if isinstance(error, torch.AcceleratorError) else "DefaultCPUAllocator"
+    return isinstance(error, RuntimeError) and words in str(error)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether a device failed in a way that it does not get over while the process lives: after a
+    fault in a kernel CUDA answers every call with the same error, and soon."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)

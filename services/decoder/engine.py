@@ -17,6 +17,7 @@ import structlog
 import torch
 
 from chiasm import errors
+from chiasm.kernels.device import is_device_lost
 from chiasm.load import DecoderLoad
 from chiasm.pulse import Pulse
 from chiasm.services.decoder import spans
@@ -146,7 +147,9 @@ class Engine:
             self._take_in()
             try:
                 progressed = self._step()
-            except Exception:
+            except Exception as error:
+                if is_device_lost(error):
+                    self.pulse.end()
                 ids = [sequence.request_id for sequence in self._scheduler]
                 log.exception("step_failed", request_ids=ids)
                 self._fail_all(errors.Internal("the engine failed; the log has the request id"))

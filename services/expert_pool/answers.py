@@ -13,7 +13,7 @@ import torch
 from opentelemetry import trace
 
 from chiasm import errors
-from chiasm.kernels.device import is_out_of_memory
+from chiasm.kernels.device import is_device_lost, is_out_of_memory
 from chiasm.model.experts import ExpertBank
 from chiasm.services.expert_pool import wire
 from chiasm.services.expert_pool.budget import Budget
@@ -123,6 +123,8 @@ class Answers:
         except errors.ChiasmError as error:
             self._refuse(response, error)
         except Exception as error:
+            if is_device_lost(error):
+                self._worker.pulse.end()  # or, failing at once, it would look like the fastest
             self._refuse(response, _typed(error, request.layer))
         return response
 
@@ -180,4 +182,6 @@ def _typed(error: Exception, layer: int) -> errors.ChiasmError:
         log.error("out_of_memory", layer=layer, error=str(error)[:256])
         return errors.ResourceExhausted("out of memory", retry_after_s=0.05)
     log.error("dispatch_failed", layer=layer, exc_info=error)
+    if is_device_lost(error):
+        return errors.Unavailable("the device is lost")  # to another server nothing is wrong
     return errors.Internal("internal error")

@@ -19,6 +19,7 @@ from opentelemetry import context as otel_context
 
 from chiasm import errors
 from chiasm.cache import ByteLRU
+from chiasm.kernels.device import is_device_lost
 from chiasm.load import EncoderLoad
 from chiasm.model.patches import RawPatches
 from chiasm.pulse import Pulse
@@ -257,6 +258,8 @@ class EncoderEngine:
             job.done.set_result(encoded)
 
     def _fail(self, job: _Job, error: Exception) -> None:
+        if is_device_lost(error):
+            self.pulse.end()
         self._forget(job)
         if not job.done.done():
             job.done.set_exception(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from decoder.test_scheduler import scheduler, sequence
 
 from chiasm.services.decoder.engine import Engine
@@ -25,12 +27,13 @@ class Held:
     """A forward pass that waits for the test, and then fails."""
 
     def __init__(self) -> None:
+        self.error: Exception = RuntimeError("there is no model")
         self.is_entered, self.may_go = threading.Event(), threading.Event()
 
     def run(self, _: object) -> None:
         self.is_entered.set()
         assert self.may_go.wait(WAIT_S)
-        raise RuntimeError("there is no model")
+        raise self.error
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -73,6 +76,17 @@ def test_a_step_that_does_not_end_stalls_the_engine(engine: Engine, held: Held) 
     held.may_go.set()
     assert failed.wait(WAIT_S)
     until(lambda: engine.pulse.stalled_s() == 0)
+
+
+def test_an_engine_whose_device_is_lost_is_not_alive_any_more(engine: Engine, held: Held) -> None:
+    held.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    held.may_go.set()
+    failed = threading.Event()
+    asked = sequence(4, 2)
+    asked.sink = lambda event: failed.set() if isinstance(event, FailedEvent) else None
+    engine.submit(asked)
+    assert failed.wait(WAIT_S)
+    assert engine.pulse.stalled_s() == math.inf
 
 
 def test_requests_that_wait_for_a_pool_do_not_stall_it(engine: Engine, pool: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from google.rpc import code_pb2
 
 from chiasm.model.config import ModelConfig
 from chiasm.model.moe import Partial
+from chiasm.pulse import Pulse
 from chiasm.services.expert_pool import wire
 from chiasm.services.expert_pool.answers import Answers, Received
 from chiasm.services.expert_pool.servicer import _Stream
@@ -28,6 +30,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.jobs: list[Callable[[], None]] = []
+        self.pulse = Pulse()
 
     @property
     def num_jobs(self) -> int:
@@ -147,9 +150,10 @@ def raises(error: Exception) -> Callable[[int], None]:
         (lambda _: torch.empty(1 << 50), code_pb2.RESOURCE_EXHAUSTED),
         (raises(MemoryError()), code_pb2.RESOURCE_EXHAUSTED),
         (raises(torch.OutOfMemoryError("CUDA out of memory")), code_pb2.RESOURCE_EXHAUSTED),
+        (raises(torch.AcceleratorError("CUDA error: out of memory")), code_pb2.RESOURCE_EXHAUSTED),
         (raises(RuntimeError("a defect")), code_pb2.INTERNAL),
     ],
-    ids=["host", "python", "gpu", "defect"],
+    ids=["host", "python", "gpu", "driver", "defect"],
 )
 def test_without_memory_others_may_be_asked(
     desk: Desk, before: Callable[[int], object], code: int
@@ -159,6 +163,16 @@ def test_without_memory_others_may_be_asked(
     desk.worker.run()
     assert desk.caller.codes == [code]
     assert not desk.answers.loads.to_proto(), "what failed has done nothing for its shards"
+    assert desk.worker.pulse.stalled_s() == 0
+
+
+def test_a_server_whose_device_is_lost_is_not_alive_and_others_are_asked(desk: Desk) -> None:
+    desk.bank.before = raises(torch.AcceleratorError("CUDA error: an illegal memory access"))
+    desk.ask(timeout_ns=2**62)
+    desk.worker.run()
+    assert desk.caller.codes == [code_pb2.UNAVAILABLE]
+    desk.worker.pulse.rest()
+    assert desk.worker.pulse.stalled_s() == math.inf
 
 
 def test_dispatches_that_come_too_late_are_load_all_the_same(desk: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,7 +33,7 @@ SETTINGS = PixelSettings(
 
 class FakeModel:
     """Every file has the same grid, and `planned` is what its header tells; b"bad" cannot be
-    decoded, b"defect" fails in the ViT.
+    decoded, b"defect" fails in the ViT, b"lost" with the device.
 
     `decoding` and `gate` hold the two stages back while they are clear. While `is_long` there is
     always one more frame.
@@ -80,6 +81,8 @@ class FakeModel:
         data = self.levels.pop(id(patches))
         if data == b"defect":
             raise RuntimeError("defect")
+        if data == b"lost":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         self.embedded.append(data)
         return torch.full((TOKENS, 8), float(data[0]))
 
@@ -283,6 +286,12 @@ async def test_an_item_that_does_not_get_on_stalls_the_engine(
     held.set()
     await asyncio.gather(task, *others)
     assert engine.pulse.stalled_s() == 0
+
+
+async def test_an_encoder_whose_device_is_lost_is_not_alive_any_more(engine: EncoderEngine) -> None:
+    with pytest.raises(torch.AcceleratorError):
+        await encode(engine, b"lost")
+    assert engine.pulse.stalled_s() == math.inf
 
 
 async def test_close_frees_those_who_wait(model: FakeModel) -> None:
