@@ -25,7 +25,7 @@ class Wint2Matrices(CodedMatrices):
     """Stored with K first on disk, here with N first, as all stacks.
 
     codes: uint8 [E, N, K/4]; local: uint8 [E, N, K/128], the even group of 64 in the high nibble;
-    code_scale, code_zp: float32 [E, N]; super_scale: float [E, N].
+    code_scale, code_zp, super_scale: float32 [E, N].
     """
 
     PER_CODE: ClassVar[int] = 4
@@ -37,10 +37,10 @@ class Wint2Matrices(CodedMatrices):
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """[N, K]: window * local scale is a whole number; times super_scale it is rounded once."""
-        scale, zero = (t[expert].float()[:, None] for t in (self.code_scale, self.code_zp))
+        scale, zero = (t[expert][:, None] for t in (self.code_scale, self.code_zp))
         code = (self.codes[expert].float() * scale + zero + 0.5).floor().int()  # [N, K/4]
         windows = torch.stack([code >> shift & _WINDOW for shift in _SHIFTS], dim=-1) - _MIDDLE
         local = self.local[expert].int()
         nibbles = torch.stack([local >> 4, local & 15], dim=-1).flatten(-2)  # [N, K/64]
         whole = windows.flatten(-2) * nibbles.repeat_interleave(GROUP, dim=-1)
-        return (whole.float() * self.super_scale[expert].float()[:, None]).to(dtype)
+        return (whole.float() * self.super_scale[expert][:, None]).to(dtype)

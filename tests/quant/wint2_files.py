@@ -35,7 +35,7 @@ def random_matrix(k: int, n: int, seed: int) -> Stored:
         "weight_scale": torch.randint(0, 256, (k // 128, n), generator=g).to(torch.uint8),
         "code_scale": 110 + 20 * torch.rand(n, generator=g),
         "code_zp": 1000 * torch.rand(n, generator=g),
-        "super_scales": (torch.rand(n, generator=g) / (150 * k**0.5)).bfloat16(),
+        "super_scales": torch.rand(n, generator=g) / (150 * k**0.5),
     }
 
 

@@ -203,8 +203,7 @@ def _wint2(checkpoint: Checkpoint, bank: Bank, experts: range, projection: str) 
     count = len(experts)
     codes = torch.empty(count, n, k // 4, dtype=torch.uint8)
     local = torch.empty(count, n, k // GROUP, dtype=torch.uint8)
-    code_scale, code_zp = (torch.empty(count, n) for _ in range(2))
-    super_scale = torch.empty(count, n, dtype=torch.bfloat16)
+    code_scale, code_zp, super_scale = (torch.empty(count, n) for _ in range(3))
     name = "up_gate_proj" if projection == GATE_UP else projection
     for i, expert in enumerate(experts):
         prefix = f"{checkpoint.stored_name(bank.prefix(expert))}{name}."
