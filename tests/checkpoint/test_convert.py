@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -338,7 +341,9 @@ def test_report(mixed: Path, tiny_checkpoint: Path) -> None:
     assert report.table(rows).row_count == len(rows)
 
 
-def test_quality_of_a_conversion_and_calibration(tmp_path: Path) -> None:
+def test_quality_of_a_conversion_and_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a model with the bundled one's tokenizer, untrained: numbers, not their size, count."""
     from train_models import new_model, short_preset
 
@@ -348,7 +353,17 @@ def test_quality_of_a_conversion_and_calibration(tmp_path: Path) -> None:
     model = new_model(tmp_path / "description", preset)
     weights = dict(model.named_parameters())
     export(model, weights, tmp_path / "description", tmp_path / "model", shard_bytes=1 << 30)
+    models: list[weakref.ref[WholeModel]] = []
+
+    def load(*args: Any) -> WholeModel:
+        model = WholeModel(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(calibrate, "WholeModel", load)
     squares = calibrate.collect(tmp_path / "model", 6)
+    gc.collect()
+    assert [model() for model in models] == [None], "what is not needed any more has its memory"
     made = plan.make(tmp_path / "model", Options(text_experts="int8", vision_experts="int4"))
     layer = made.config.text.moe_layers[0]
     widths = {GATE_UP: made.config.text.hidden_size, DOWN: made.config.text.text_intermediate}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from chiasm.convert.model import WholeModel
 from chiasm.convert.quality import batches
+from chiasm.kernels.moe import ShardWeights
 from chiasm.model.expert_weights import DOWN, GATE_UP
 from chiasm.model.moe import Dispatch
 from chiasm.training.data.encode import Encoder
@@ -30,16 +31,16 @@ _FLOOR = 1e-3
 class Squares:
     """Sums by (layer, bank, projection): squares [E, K] and tokens [E]."""
 
-    def __init__(self, model: WholeModel) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._sums: dict[tuple[int, Modality, str], torch.Tensor] = {}
         self._counts: dict[tuple[int, Modality], torch.Tensor] = {}
 
-    def add(self, dispatch: Dispatch) -> None:
-        """Takes note of a dispatch's tokens and of what their experts make of them."""
-        bank, layer = self._model.banks[dispatch.modality], dispatch.layer
-        weights = bank.weights(layer, 0)
-        num_experts = weights.num_experts
+    def add(self, dispatch: Dispatch, weights: ShardWeights) -> None:
+        """Takes note of a dispatch's tokens and of what their experts make of them.
+
+        weights: of the whole bank.
+        """
+        layer, num_experts = dispatch.layer, weights.num_experts
         counts = self._counts.setdefault((layer, dispatch.modality), torch.zeros(num_experts))
         for expert in torch.unique(dispatch.expert_ids).tolist():
             rows = (dispatch.expert_ids == expert).any(dim=-1)
@@ -69,8 +70,12 @@ class Squares:
 def collect(directory: Path, num_samples: int) -> Squares:
     """Runs `num_samples` training questions through the model in full width."""
     model = WholeModel(directory, torch.float32)
-    squares = Squares(model)
+    squares = Squares()
+
+    def add(dispatch: Dispatch) -> None:
+        squares.add(dispatch, model.banks[dispatch.modality].weights(dispatch.layer, 0))
+
     samples = itertools.islice(Stream().samples(), num_samples)
     for batch in batches(Encoder.load(directory), samples):
-        model.logits(batch, on_dispatch=squares.add)
+        model.logits(batch, on_dispatch=add)
     return squares
