@@ -39,7 +39,8 @@ class ExpertEngine:
         self._wanted: frozenset[int] = frozenset()
         self._num_assignments = 0
         self._reading = asyncio.Lock()
-        self._model, self._config, self._verify = model, config, verify
+        self._model, self._config = model, config
+        self._verified: set[Path] | None = set() if verify else None
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     async def assign(
@@ -119,7 +120,7 @@ class ExpertEngine:
 
     def _read(self, shard: int, on_layer: Callable[[], None]) -> None:
         start = time.monotonic()
-        with Checkpoint(self._model, self._config, verify=self._verify) as checkpoint:
+        with Checkpoint(self._model, self._config, verified=self._verified) as checkpoint:
             self.bank.load(checkpoint, shard, on_layer=on_layer)
             log.info(
                 "shard_loaded",

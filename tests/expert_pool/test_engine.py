@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chiasm import errors
+from chiasm.model import manifest
+from chiasm.model.config import ModelConfig
+from chiasm.model.experts import ExpertBank
+from chiasm.model.manifest import FileEntry, Manifest
 from chiasm.services.expert_pool.engine import ExpertEngine
+from chiasm.types import Modality
 
 WAIT_S = 20.0
 
@@ -49,6 +56,41 @@ class Engine(ExpertEngine):
         if shard in self.broken:
             raise errors.DataLoss("damaged")
         self.bank.take(shard)  # type: ignore[attr-defined]  # a stand-in
+
+
+async def test_files_are_verified_once_for_all_shards(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    files = {
+        file.name: FileEntry(manifest.sha256(file), file.stat().st_size, {})
+        for file in model.glob("*.safetensors")
+    }
+    Manifest(fingerprint="", files=files).save(model)
+    read: list[Path] = []
+    sha256 = manifest.sha256
+
+    def counted(file: Path) -> str:
+        read.append(file)
+        return sha256(file)
+
+    monkeypatch.setattr(manifest, "sha256", counted)
+    config = ModelConfig.load(model)
+    bank = ExpertBank(
+        config,
+        modality=Modality.TEXT,
+        num_shards=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    engine = ExpertEngine(bank, model=model, config=config, verify=True)
+    engine.worker.start()
+    await engine.assign([0, 1], epoch=1)
+    await engine.assign([0, 1, 3], epoch=2)
+    engine.close()
+    assert bank.shards == (0, 1, 3)
+    assert sorted(read) == sorted(set(read)) != []
 
 
 @pytest.fixture

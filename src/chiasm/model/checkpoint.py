@@ -43,9 +43,10 @@ class Checkpoint:
         config: ModelConfig,
         *,
         on_bytes: Callable[[int], None] | None = None,
-        verify: bool = False,
+        verified: set[Path] | None = None,
     ) -> None:
-        self._manifest = Manifest.load(directory) if verify else None
+        self._manifest = None if verified is None else Manifest.load(directory)
+        self._verified = set() if verified is None else verified
         self.bytes_read = 0
         """Bytes copied out of the files so far."""
         self.config = config
@@ -162,8 +163,9 @@ class Checkpoint:
 
     def _file(self, file: Path) -> Any:
         if file not in self._open:
-            if self._manifest is not None:
+            if self._manifest is not None and file not in self._verified:
                 self._manifest.check(file)
+                self._verified.add(file)
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except SafetensorError as error:
