@@ -56,7 +56,11 @@ class SafetensorsStream:
         self.num_bytes = 0
         header = _header(layout)
         self._file = self._partial.open("wb")
-        self._write(struct.pack("<Q", len(header)) + header)
+        try:
+            self._write(struct.pack("<Q", len(header)) + header)
+        except BaseException:
+            self._discard()
+            raise
 
     @property
     def sha256(self) -> str:
@@ -79,11 +83,13 @@ class SafetensorsStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._file.close()
-            with contextlib.suppress(OSError):
-                self._partial.unlink()
-            return
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def _finish(self) -> None:
         if self._left:
             raise Internal(f"{self._path} lacks {self._left[-1][0]}")
         self._file.flush()
@@ -91,6 +97,13 @@ class SafetensorsStream:
         self._file.close()
         self._partial.chmod(_MODE)
         self._partial.replace(self._path)
+
+    def _discard(self) -> None:
+        """Leaves nothing but what has been finished."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._partial.unlink()
 
     def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
