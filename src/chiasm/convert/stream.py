@@ -163,10 +163,14 @@ def _alone(out: Path) -> Iterator[None]:
     with (out / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever has just ended has removed what was opened here, and another may lock anew.
+            is_alone = os.path.samestat(os.fstat(lock.fileno()), os.stat(out / _LOCK))
         except OSError:
-            raise FailedPrecondition(f"another process is converting to {out}") from None
+            is_alone = False
+        if not is_alone:
+            raise FailedPrecondition(f"another process is converting to {out}")
         yield
-    (out / _LOCK).unlink(missing_ok=True)
+        (out / _LOCK).unlink(missing_ok=True)
 
 
 def _resumed(plan: Plan, out: Path) -> Manifest:
