@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint.test_convert import convert
 
 from chiasm.convert import stream
+from chiasm.convert.plan import Options
 from chiasm.errors import FailedPrecondition
 
 
@@ -33,3 +36,17 @@ def test_a_folder_is_locked_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     with stream._alone(tmp_path):
         assert lock.exists()
     assert not lock.exists()
+
+
+def test_what_belongs_to_the_source_alone_stays_there(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, source)
+    strange = ("pytorch_model.bin", "model_state.pdparams", stream.REPORT)
+    for name in (*strange, "LICENSE"):
+        (source / name).write_text("of the source")
+    written = convert(source, tmp_path / "out", Options(vision_experts="int8"))
+    assert not any((tmp_path / "out" / name).exists() for name in strange)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "of the source"
+    assert written.files.keys().isdisjoint(strange)

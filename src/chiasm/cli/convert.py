@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 WIDTH = 100
 """Of the tables where there is no terminal."""
 
-REPORT = "chiasm_conversion.json"
-
 
 def convert(
     model: Annotated[Path, typer.Option(help="Checkpoint in full width.")],
@@ -103,6 +101,8 @@ def _compare(model: Path, out: Path, num_samples: int, document: dict[str, Any])
 
 
 def _write(out: Path, document: dict[str, Any]) -> None:
+    from chiasm.convert.stream import REPORT
+
     (out / REPORT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

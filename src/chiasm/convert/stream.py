@@ -37,7 +37,7 @@ from chiasm.convert.plan import (
 from chiasm.errors import FailedPrecondition, InvalidArgument, NotFound
 from chiasm.kernels.quant import table
 from chiasm.model import manifest
-from chiasm.model.checkpoint import Checkpoint
+from chiasm.model.checkpoint import PICKLES, Checkpoint
 from chiasm.model.expert_weights import DOWN, GATE_UP, TABLE_KEY
 from chiasm.model.manifest import FileEntry, Manifest
 from chiasm.model.quantization import BAIDU_KEY, KEY, ExpertFormat
@@ -46,11 +46,15 @@ from chiasm.model.writer import write_json
 from chiasm.types import Modality
 
 INDEX = "model.safetensors.index.json"
+REPORT = "chiasm_conversion.json"
+"""What the conversion cost: see report.py."""
 DENSE_ROWS = 4096
 """Of a matrix, encoded at a time: an embedding in float32 would take a gigabyte, several times."""
 
 _LOCK = "chiasm_convert.lock"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
+_OWN = ("config.json", manifest.NAME, REPORT, _LOCK)
+"""What a conversion writes itself: a source that was converted has its own."""
 
 Importance = Callable[[int, Modality, int, str], torch.Tensor | None]
 """Mean squares [K] of the inputs of (layer, bank, expert, projection), where they are known."""
@@ -195,8 +199,8 @@ def _finish(plan: Plan, out: Path, done: Manifest) -> Manifest:
     _replace(out / INDEX, partial(write_json, value=index))
     copied = {}
     for path in sorted(plan.source.iterdir()):
-        is_other = path.is_file() and not path.name.endswith(_WEIGHTS)
-        if is_other and path.name not in ("config.json", manifest.NAME):
+        is_other = path.is_file() and not path.name.endswith((*_WEIGHTS, *PICKLES))
+        if is_other and path.name not in _OWN:
             copy = out / path.name
             _replace(copy, partial(shutil.copyfile, path))
             copied[path.name] = FileEntry(manifest.sha256(copy), copy.stat().st_size, {})

@@ -25,16 +25,18 @@ from chiasm.types import Modality
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams")
+"""Files that can run code when they are read."""
 
 
 class Checkpoint:
     """An open checkpoint directory. One thread uses it at a time.
 
-    `on_bytes` is called with the size of each tensor as it is read. With `verify` each file is
-    compared with the manifest's checksum before it is first read. Raises NotFound when the
-    directory has no weights, or with `verify` no manifest, InvalidArgument when their format or
-    layout is not supported and DataLoss when a file is cut short or fails its checksum.
+    `on_bytes` is called with the size of each tensor as it is read. With `verified` each file is
+    compared with the manifest's checksum before it is first read, unless it is one of these; it is
+    one of them then, for the next who opens the checkpoint. Raises NotFound when the directory has
+    no weights, or with `verified` no manifest, InvalidArgument when their format or layout is not
+    supported and DataLoss when a file is cut short or fails its checksum.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ def _copy(view: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_pickle(file: Path) -> None:
-    if file.suffix in _PICKLES:
+    if file.suffix in PICKLES:
         raise InvalidArgument(
             file.name, "pickle files can run code and are not read; convert them to safetensors"
         )
