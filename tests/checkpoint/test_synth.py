@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from chiasm.errors import InvalidArgument
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.shapes import tensor_shapes
-from chiasm.model.synth import synthesize
+from chiasm.model.synth import PRESETS, synthesize
 
 NUM_PATCHES = (4, 6)
 
@@ -76,6 +77,13 @@ def test_refused_arguments(tmp_path: Path, arguments: dict[str, str]) -> None:
     with pytest.raises(InvalidArgument) as refusal:
         synthesize(tmp_path / "out", **arguments)  # type: ignore[arg-type]  # wrong on purpose
     assert refusal.value.field in arguments
+    assert not (tmp_path / "out").exists()
+
+
+def test_dimensions_that_no_model_has_leave_nothing(tmp_path: Path) -> None:
+    deep = replace(PRESETS["tiny"], num_layers=300)
+    with pytest.raises(InvalidArgument):
+        synthesize(tmp_path / "out", preset=deep)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,8 @@ def synthesize(
     `preset` is a name of PRESETS or dimensions of one's own. Weights are bfloat16 values stored as
     `dtype`; routers and their biases are float32, as published. `experts` is the precision of the
     routed ones, `dense` of the language model's other matrices: STORED is `dtype` too. Raises
-    InvalidArgument for an unknown preset, dtype or precision and for a directory that is not empty.
+    InvalidArgument, before anything is written, for an unknown preset, dtype or precision, for
+    dimensions that no model may have and for a directory that is not empty.
     """
     preset = find(preset) if isinstance(preset, str) else preset
     if dtype not in DTYPES:
@@ -118,8 +120,10 @@ def synthesize(
         raise InvalidArgument("dense", f"{dense!r} is none of {STORED}, {', '.join(WRITTEN_DENSE)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidArgument("directory", f"{directory} exists and is not an empty directory")
-    directory.mkdir(parents=True, exist_ok=True)
     tokenizer = synth_tokenizer.train(preset.num_bpe_tokens)
+    with tempfile.TemporaryDirectory() as trial:  # a model that may not be leaves no folder
+        write_description(Path(trial), preset, tokenizer, dtype=dtype)
+    directory.mkdir(parents=True, exist_ok=True)
     config = write_description(directory, preset, tokenizer, dtype=dtype)
     readable = synth_tokenizer.readable_ids(tokenizer)
     config = _in_low_precision(directory, config, replace(uniform(config, experts), dense=dense))
