@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint.converters import reference_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -85,6 +86,18 @@ def test_dimensions_that_no_model_has_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument):
         synthesize(tmp_path / "out", preset=deep)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", [("stored", "stored"), ("tcq2", "int8")])
+def test_the_index_tells_the_size_of_all_tensors(
+    precision: tuple[str, str], tmp_path: Path
+) -> None:
+    experts, dense = precision
+    synthesize(tmp_path, experts=experts, dense=dense)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    stored = {k: t for f in tmp_path.glob("*.safetensors") for k, t in load_file(f).items()}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
+    assert index["weight_map"].keys() == stored.keys()
 
 
 def test_writes_into_an_empty_directory_only(tmp_path: Path) -> None:

@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from chiasm.errors import InvalidArgument
 from chiasm.kernels.quant import table
 from chiasm.kernels.quant.hadamard import BLOCK
 from chiasm.model import dense_weights
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
-from chiasm.model.expert_weights import DOWN, FIELDS, GATE_UP, TABLE_KEY, Bank, check_width
+from chiasm.model.expert_weights import (
+    DOWN,
+    GATE_UP,
+    TABLE_FILE,
+    TABLE_LAYOUT,
+    Bank,
+    check_width,
+)
 from chiasm.model.quantization import (
     STORED,
     WRITTEN,
@@ -29,7 +34,6 @@ from chiasm.types import Modality
 
 VERSION = 1
 PRECISIONS = (STORED, *WRITTEN)
-_TABLE_FILE = "experts-table.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,9 +164,10 @@ def make(source: Path, options: Options) -> Plan:
         replaced = set().union(*(_keys(checkpoint, bank) for bank in banks))
         replaced.update(*(checkpoint.keys_of(f"{n}.weight") for f in dense for n in f.matrices))
         copies = list(_copies(checkpoint, replaced))
-    files: list[PlannedFile] = [*copies, *dense, *map(_expert_file, banks)]
+    experts = [ExpertFile(name=bank.file_name, bank=bank, layout=bank.layout()) for bank in banks]
+    files: list[PlannedFile] = [*copies, *dense, *experts]
     if quantization.table_sha256:
-        files.append(TableFile(name=_TABLE_FILE, layout={TABLE_KEY: (torch.int8, (256,))}))
+        files.append(TableFile(name=TABLE_FILE, layout=TABLE_LAYOUT))
     return Plan(
         source=source,
         config=config,
@@ -171,12 +176,6 @@ def make(source: Path, options: Options) -> Plan:
         files=tuple(files),
         fingerprint=_fingerprint(source, options, quantization),
     )
-
-
-def tensor_names(bank: Bank, expert: int, projection: str) -> dict[str, str]:
-    """Stored name of each field of a matrix."""
-    prefix = f"{bank.prefix(expert)}{projection}."
-    return {field: prefix + field for field in FIELDS[bank.format.precision]}
 
 
 def _bank(config: ModelConfig, quantization: Quantization, layer: int, modality: Modality) -> Bank:
@@ -217,18 +216,6 @@ def _copies(checkpoint: Checkpoint, replaced: set[str]) -> Iterator[CopyFile]:
                 raise InvalidArgument(key, f"has the dtype {stored}")
             layout[key] = (dtype, shape)
         yield CopyFile(name=f"model-{number:05d}.safetensors", source=path, layout=layout)
-
-
-def _expert_file(bank: Bank) -> ExpertFile:
-    layout = {}
-    for expert in range(bank.config.text.num_experts):
-        for projection in (GATE_UP, DOWN):
-            shape = bank.shape(projection)
-            fields = FIELDS[bank.format.precision]
-            for field, name in tensor_names(bank, expert, projection).items():
-                layout[name] = (fields[field].dtype, fields[field].shape(*shape))
-    name = f"experts-{bank.layer:03d}-{bank.modality}.safetensors"
-    return ExpertFile(name=name, bank=bank, layout=layout)
 
 
 def _dense_files(config: ModelConfig, quantization: Quantization) -> Iterator[DenseFile]:

@@ -32,7 +32,6 @@ from chiasm.convert.plan import (
     PlannedFile,
     TableFile,
     file_bytes,
-    tensor_names,
 )
 from chiasm.errors import FailedPrecondition, InvalidArgument, NotFound
 from chiasm.kernels.quant import table
@@ -137,7 +136,7 @@ class _Writer:
                 name = f"{bank.prefix(expert)}{projection}"
                 tensors, cost = encode(weight, bank.format, heed, name=name)
                 costs[projection] += cost
-                for field, stored in tensor_names(bank, expert, projection).items():
+                for field, stored in bank.tensor_names(expert, projection).items():
                     stream.add(stored, tensors[field])
                     self._on_bytes(tensors[field].nbytes)
         return {projection: dataclasses.asdict(cost) for projection, cost in costs.items()}

@@ -33,10 +33,13 @@ from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.quantization import ExpertFormat
 from chiasm.model.shapes import Shape, expert_prefix
+from chiasm.model.stream import Layout
 from chiasm.types import Modality
 
 TABLE_KEY = "chiasm.tcq2_table"
 """int8 [256], once in a checkpoint that needs it."""
+TABLE_FILE = "experts-table.safetensors"
+TABLE_LAYOUT: Layout = {TABLE_KEY: (torch.int8, (256,))}
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -107,6 +110,26 @@ class Bank:
 
     def prefix(self, expert: int) -> str:
         return expert_prefix(self.config.text, self.layer, self.modality, expert)
+
+    def tensor_names(self, expert: int, projection: str) -> dict[str, str]:
+        """Stored name of each field of a matrix."""
+        prefix = f"{self.prefix(expert)}{projection}."
+        return {field: prefix + field for field in FIELDS[self.format.precision]}
+
+    @property
+    def file_name(self) -> str:
+        """Of the file that we write the bank to."""
+        return f"experts-{self.layer:03d}-{self.modality}.safetensors"
+
+    def layout(self) -> Layout:
+        """The tensors of that file."""
+        fields = FIELDS[self.format.precision]
+        return {
+            name: (fields[field].dtype, fields[field].shape(*self.shape(projection)))
+            for expert in range(self.config.text.num_experts)
+            for projection in (GATE_UP, DOWN)
+            for field, name in self.tensor_names(expert, projection).items()
+        }
 
 
 def read_experts(

@@ -24,7 +24,7 @@ from chiasm.model import dense_weights, quantization, synth_tokenizer
 from chiasm.model.config import ModelConfig
 from chiasm.model.quantization import STORED, WRITTEN, WRITTEN_DENSE, Quantization
 from chiasm.model.shapes import Shape
-from chiasm.model.stream import SafetensorsStream
+from chiasm.model.stream import Layout, SafetensorsStream
 from chiasm.model.synth_experts import uniform, write_experts
 from chiasm.model.writer import (
     DTYPES,
@@ -134,6 +134,7 @@ def synthesize(
     written = write_experts(directory, config, seed=seed, gain=_gain)
     if dense != STORED:
         written |= _write_dense(directory, config, drawn)
+    names = {name for layout in written.values() for name in layout}
     write_weights(
         directory,
         config,
@@ -142,7 +143,7 @@ def synthesize(
         is_wanted=lambda name: (
             experts == STORED
             if ".mlp.experts." in name
-            else f"{name.removesuffix('.weight')}.codes" not in written
+            else f"{name.removesuffix('.weight')}.codes" not in names
         ),
         written=written,
     )
@@ -161,9 +162,9 @@ def _in_low_precision(directory: Path, config: ModelConfig, given: Quantization)
 
 def _write_dense(
     directory: Path, config: ModelConfig, drawn: Callable[[str, Shape], torch.Tensor]
-) -> dict[str, str]:
-    """Writes the language model's matrices in int8; returns the file of each tensor."""
-    weight_map: dict[str, str] = {}
+) -> dict[str, Layout]:
+    """Writes the language model's matrices in int8; returns what each file holds."""
+    written: dict[str, Layout] = {}
     for layer, shapes in dense_weights.by_layer(config.text).items():
         file, layout = dense_weights.file_name(layer), dense_weights.layout(shapes)
         with SafetensorsStream(directory / file, layout) as stream:
@@ -171,8 +172,8 @@ def _write_dense(
                 coded = int8.encode(drawn(f"{name}.weight", shape)[None])
                 stream.add(f"{name}.codes", coded.codes[0])
                 stream.add(f"{name}.scale", coded.scale[0])
-        weight_map |= dict.fromkeys(layout, file)
-    return weight_map
+        written[file] = layout
+    return written
 
 
 def _rounded(name: str, values: np.ndarray[Any, Any]) -> torch.Tensor:

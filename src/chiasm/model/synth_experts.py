@@ -7,6 +7,7 @@ is drawn from its own generator, seeded by name.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +21,17 @@ from chiasm.model.expert_weights import (
     DOWN,
     FIELDS,
     GATE_UP,
+    TABLE_FILE,
     TABLE_KEY,
+    TABLE_LAYOUT,
     Bank,
     Field,
     check_width,
 )
 from chiasm.model.quantization import STORED, ExpertFormat, Quantization
-from chiasm.model.stream import SafetensorsStream
+from chiasm.model.stream import Layout, SafetensorsStream
 from chiasm.types import Modality
 
-_TABLE_FILE = "experts-table.safetensors"
 _MIN_LOCAL = 192
 """Local scales of tcq2 lie between this and 255, for they too should be read, not assumed."""
 
@@ -51,47 +53,39 @@ def uniform(config: ModelConfig, precision: str) -> Quantization:
 
 def write_experts(
     directory: Path, config: ModelConfig, *, seed: int, gain: Callable[[str], float]
-) -> dict[str, str]:
-    """Writes all experts as config.quantization says; returns the file of each tensor.
+) -> dict[str, Layout]:
+    """Writes all experts as config.quantization says; returns what each file holds.
 
     gain(name): what the standard deviation of a matrix is, times the root of its inputs.
     """
-    weight_map: dict[str, str] = {}
+    written: dict[str, Layout] = {}
     for (layer, modality), form in config.quantization.formats.items():
         bank = Bank.to_encode(config, layer, modality, form)
-        file = f"experts-{layer:03d}-{modality}.safetensors"
-        weight_map |= dict.fromkeys(_write_bank(directory / file, bank, seed, gain), file)
+        written[bank.file_name] = _write_bank(directory, bank, seed, gain)
     if config.quantization.table_sha256:
-        with SafetensorsStream(
-            directory / _TABLE_FILE, {TABLE_KEY: (torch.int8, (256,))}
-        ) as stream:
+        with SafetensorsStream(directory / TABLE_FILE, TABLE_LAYOUT) as stream:
             stream.add(TABLE_KEY, table.load())
-        weight_map[TABLE_KEY] = _TABLE_FILE
-    return weight_map
+        written[TABLE_FILE] = TABLE_LAYOUT
+    return written
 
 
-def _write_bank(file: Path, bank: Bank, seed: int, gain: Callable[[str], float]) -> list[str]:
-    fields = FIELDS[bank.format.precision]
-    matrices = {
-        f"{bank.prefix(expert)}{projection}": bank.shape(projection)
-        for expert in range(bank.config.text.num_experts)
-        for projection in (GATE_UP, DOWN)
-    }
-    layout = {
-        f"{name}.{part}": (field.dtype, field.shape(*shape))
-        for name, shape in matrices.items()
-        for part, field in fields.items()
-    }
-    with SafetensorsStream(file, layout) as stream:
-        for name, shape in matrices.items():
-            check_width(bank.format.precision, shape[1], name)
-            deviation = gain(name) / math.sqrt(shape[1])
-            for part, field in fields.items():
-                value = _draw(f"{seed}/{name}.{part}", bank.format.precision, part, field, shape)
+def _write_bank(directory: Path, bank: Bank, seed: int, gain: Callable[[str], float]) -> Layout:
+    precision, layout = bank.format.precision, bank.layout()
+    for projection in (GATE_UP, DOWN):
+        check_width(precision, bank.shape(projection)[1], f"{bank.modality} experts' {projection}")
+    with SafetensorsStream(directory / bank.file_name, layout) as stream:
+        for expert, projection in itertools.product(
+            range(bank.config.text.num_experts), (GATE_UP, DOWN)
+        ):
+            shape = bank.shape(projection)
+            deviation = gain(projection) / math.sqrt(shape[1])
+            for part, name in bank.tensor_names(expert, projection).items():
+                field = FIELDS[precision][part]
+                value = _draw(f"{seed}/{name}", precision, part, field, shape)
                 if value.is_floating_point():
                     value = value * deviation
-                stream.add(f"{name}.{part}", value.to(field.dtype))
-    return list(layout)
+                stream.add(name, value.to(field.dtype))
+    return layout
 
 
 def _draw(

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from chiasm.model import synth_tokenizer
 from chiasm.model.config import ModelConfig
 from chiasm.model.shapes import Shape, tensor_shapes
+from chiasm.model.stream import Layout, tensor_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FP32_SUFFIXES = (".mlp.gate.weight", ".mlp.gate.weight_1", ".e_score_correction_bias")
@@ -76,18 +77,21 @@ def write_weights(
     *,
     shard_bytes: int,
     is_wanted: Callable[[str], bool] = lambda _: True,
-    written: Mapping[str, str] | None = None,
+    written: Mapping[str, Layout] | None = None,
 ) -> None:
     """Writes `tensor(name, shape)` of every tensor of `config` that is wanted, by canonical name.
 
     They are stored as config.dtype, routers and their biases as float32. A file closes when it has
-    reached `shard_bytes`; of several there is an index. written: files of tensors that are there
-    already, by tensor.
+    reached `shard_bytes`; of several there is an index. written: what files hold that are there
+    already, by name.
     """
     shapes, dtype = tensor_shapes(config), DTYPES[config.dtype]
     shapes = {name: shape for name, shape in shapes.items() if is_wanted(name)}
     shards = list(_cut(shapes, dtype, shard_bytes))
-    weight_map, total_size = dict(written or {}), 0
+    weight_map, total_size = {}, 0
+    for file, layout in (written or {}).items():
+        weight_map.update(dict.fromkeys(layout, file))
+        total_size += sum(tensor_bytes(*entry) for entry in layout.values())
     for number, names in enumerate(shards, start=1):
         tensors = {}
         for name in names:
