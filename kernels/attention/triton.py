@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Of the parts of one array each begins wherever the one before it ends: a kernel compiled for how
+# that is aligned would be compiled again in the midst of serving.
+@triton.jit(do_not_specialize=["work", "pages"])
 def paged_attention_kernel(
     out: tl.tensor,  # [T, heads, d]
     partial: tl.tensor,  # float32 [rows, kv_heads, d]: weighted values of one split
@@ -99,7 +101,7 @@ def paged_attention_kernel(
         tl.store(partial_sum + place, total_sum, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spread"])
 def combine_kernel(
     out: tl.tensor,  # [T, heads, d]
     partial: tl.tensor,  # as above

@@ -36,6 +36,8 @@ def build(
         return "*i32" if name in INT32 else "fp32" if name == "scale" else "i32"
 
     names = kernel.arg_names
+    # Or one kernel would be compiled for every alignment of the parts of a step's array.
+    assert {p.name for p in kernel.params if p.do_not_specialize} == INT32.intersection(names)
     source = ASTSource(
         kernel,
         {name: kind(name) for name in names},
