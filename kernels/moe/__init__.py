@@ -8,6 +8,7 @@
     transform.py  decodes matrices and rotates rows before a product
     triton/       kernels for GPUs
     configs/      their tile sizes
+    ahead.py      has them compiled ahead of time
     launch.py     checks, grids and launches
 
 Tensors on a CUDA device take the kernels where triton is installed, tensors on a CPU take cpu.py.
@@ -20,10 +21,10 @@ from __future__ import annotations
 import torch
 
 from chiasm.kernels.device import is_triton
-from chiasm.kernels.moe import cpu, launch, reference
+from chiasm.kernels.moe import ahead, cpu, launch, reference
 from chiasm.kernels.moe.reference import ShardWeights
 
-__all__ = ["ShardWeights", "shard_partial"]
+__all__ = ["ShardWeights", "compile_ahead", "shard_partial"]
 
 
 def shard_partial(
@@ -44,3 +45,12 @@ def shard_partial(
     if hidden.device.type == "cpu" and not is_trained:
         return cpu.shard_partial(hidden, expert_ids, expert_weights, weights)
     return reference.shard_partial(hidden, expert_ids, expert_weights, weights)
+
+
+def compile_ahead(
+    weights: ShardWeights, *, top_k: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Has all kernels compiled that dispatches of `dtype` to a shard need; nothing on a CPU."""
+    if is_triton(device) and launch.is_supported(weights):
+        with torch.cuda.device(device):
+            ahead.compile_ahead(weights, top_k=top_k, dtype=dtype, device=device)

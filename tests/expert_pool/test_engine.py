@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from chiasm import errors
-from chiasm.model import manifest
+from chiasm.model import experts, manifest
+from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
 from chiasm.model.manifest import FileEntry, Manifest
@@ -91,6 +92,25 @@ async def test_files_are_verified_once_for_all_shards(
     engine.close()
     assert bank.shards == (0, 1, 3)
     assert sorted(read) == sorted(set(read)) != []
+
+
+def test_a_shard_is_held_once_its_kernels_are_compiled(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.load(tiny_checkpoint)
+    bank = ExpertBank(
+        config,
+        modality=Modality.TEXT,
+        num_shards=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    held: list[tuple[int, ...]] = []
+    monkeypatch.setattr(experts, "compile_ahead", lambda *_, **__: held.append(bank.shards))
+    with Checkpoint(tiny_checkpoint, config) as checkpoint:
+        bank.load(checkpoint, 2)
+    assert held == [()], "once, as all layers are of one format"
+    assert bank.shards == (2,)
 
 
 @pytest.fixture

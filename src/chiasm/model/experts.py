@@ -9,7 +9,7 @@ import torch
 
 from chiasm import errors
 from chiasm.kernels import native
-from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.moe import ShardWeights, compile_ahead, shard_partial
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.expert_weights import Bank, read_experts
@@ -68,12 +68,25 @@ class ExpertBank:
     def load(
         self, checkpoint: Checkpoint, shard: int, *, on_layer: Callable[[], None] | None = None
     ) -> None:
-        """Reads one shard, and nothing else, from the checkpoint."""
+        """Reads one shard, and nothing else, from the checkpoint.
+
+        It is held once all that it needs has been compiled.
+        """
         if self.device.type == "cpu":
             native.library()  # compiled now rather than during the first dispatch
-        layers = {}
+        layers: dict[int, ShardWeights] = {}
+        formats = set()
         for layer in self.config.text.moe_layers:
             layers[layer] = self._read(checkpoint, layer, shard)
+            form = self.config.quantization.of(layer, self.modality)
+            if form not in formats:  # a kernel serves all layers of one format
+                formats.add(form)
+                compile_ahead(
+                    layers[layer],
+                    top_k=self.config.text.moe_k,
+                    dtype=self.dtype,
+                    device=self.device,
+                )
             if on_layer is not None:
                 on_layer()
         with self._changing:
