@@ -7,6 +7,9 @@ import importlib.util
 
 import torch
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of the rows that the Triton kernels take."""
+
 
 @functools.cache
 def has_triton() -> bool:

@@ -10,8 +10,8 @@ import torch
 from chiasm import errors
 from chiasm.kernels.attention.metadata import SPLIT_TOKENS, TILE_ROWS, Metadata, prepare
 from chiasm.kernels.attention.segment import Segment
+from chiasm.kernels.device import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 KEY_BLOCK_BYTES = 16 << 10
 """Of keys, and of values, that a program holds at a time, per pipeline stage."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from chiasm import errors
+from chiasm.kernels.device import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS = 512
 """With more, a program's weights do not fit the shared memory of every GPU."""
 

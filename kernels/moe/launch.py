@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from chiasm import errors
+from chiasm.kernels.device import DTYPES
 from chiasm.kernels.moe import configs, scratch
 from chiasm.kernels.moe.configs import Operation, Problem, Tile
 from chiasm.kernels.moe.operands import GROUPED, Operands, has_kernels, operands
@@ -20,8 +21,6 @@ from chiasm.kernels.moe.permute import MAX_EXPERTS, Permutation, permute
 from chiasm.kernels.moe.reference import ShardWeights
 from chiasm.kernels.moe.transform import dequantise, rotated
 from chiasm.kernels.quant.formats import GROUP
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 DENSE_TOKENS = 64
 """Tokens per expert from which int4 and tcq2 are written out as weights before the product: below,
