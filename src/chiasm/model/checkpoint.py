@@ -7,7 +7,7 @@ be dropped. Only safetensors are read: pickle files can run code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,11 +32,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams")
 class Checkpoint:
     """An open checkpoint directory. One thread uses it at a time.
 
-    `on_bytes` is called with the size of each tensor as it is read. With `verified` each file is
-    compared with the manifest's checksum before it is first read, unless it is one of these; it is
-    one of them then, for the next who opens the checkpoint. Raises NotFound when the directory has
-    no weights, or with `verified` no manifest, InvalidArgument when their format or layout is not
-    supported and DataLoss when a file is cut short or fails its checksum.
+    With `verified` each file is compared with the manifest's checksum before it is first read,
+    unless it is one of these; it is one of them then, for the next who opens the checkpoint. Raises
+    NotFound when the directory has no weights, or with `verified` no manifest, InvalidArgument when
+    their format or layout is not supported and DataLoss when a file is cut short or fails its
+    checksum.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class Checkpoint:
         directory: Path,
         config: ModelConfig,
         *,
-        on_bytes: Callable[[int], None] | None = None,
         verified: set[Path] | None = None,
     ) -> None:
         self._manifest = None if verified is None else Manifest.load(directory)
@@ -52,7 +51,6 @@ class Checkpoint:
         self.bytes_read = 0
         """Bytes copied out of the files so far."""
         self.config = config
-        self._on_bytes = on_bytes
         self._open: dict[Path, Any] = {}
         self._files = self._locate(directory)
         self._naming = detect(config, self._files.keys(), self._shape_at_hand)
@@ -143,8 +141,6 @@ class Checkpoint:
 
     def _count(self, tensor: torch.Tensor) -> None:
         self.bytes_read += tensor.nbytes
-        if self._on_bytes is not None:
-            self._on_bytes(tensor.nbytes)
 
     def _locate(self, directory: Path) -> dict[str, Path]:
         """Stored key -> its file."""
