@@ -85,7 +85,8 @@ class Launcher:
         self._notify()
 
     async def retire(self, pool: Pool, ranked: Sequence[MemberInfo]) -> MemberInfo | None:
-        if not ranked:
+        if len(ranked) < self._wanted.get(pool, 0):
+            self._leaving.pop(pool, None)
             return None
         self._leaving[pool] = ranked[0].address
         return ranked[0]

@@ -31,7 +31,8 @@ class PoolView:
     replicas: as the backend has them. floor: fewest that can hold every shard.
     is_wanted: somebody has work for the pool, or waits for it; known even when `demand` is not.
     demand: None where a report is missing; `gap` tells whose.
-    obstacle: why no replica may be taken away now; empty when nothing stands in the way.
+    absent: replicas that are not there, or not ready.
+    obstacle: why none of those there may be taken away now; empty when nothing stands in the way.
     """
 
     replicas: int
@@ -39,6 +40,7 @@ class PoolView:
     is_wanted: bool = False
     demand: Demand | None = None
     gap: str = ""
+    absent: int = 0
     obstacle: str = ""
 
 
@@ -99,13 +101,15 @@ class Observer:
 
     def _view(self, pool: Pool, signals: Signals, moment: Moment) -> PoolView:
         replicas, gap = signals.replicas[pool], self._gap(pool, signals)
+        members = [m for m in signals.topology.members if pool_of(m) is pool]
         return PoolView(
             replicas=replicas,
             floor=self._floor(pool, signals.topology),
             is_wanted=is_wanted(pool, moment),
             demand=None if gap else demand(pool, moment, self._configs[pool], replicas),
             gap=gap,
-            obstacle=_obstacle(pool, signals.topology, replicas),
+            absent=max(0, replicas - sum(m.is_ready for m in members)),
+            obstacle=_obstacle(pool, signals.topology, len(members) - replicas),
         )
 
     def _meet(self, signals: Signals) -> None:
@@ -259,14 +263,12 @@ def _difference(new: Load, old: Load) -> Load:
     return replace(new, **since, shards=shards)
 
 
-def _obstacle(pool: Pool, topology: Topology, replicas: int) -> str:
-    """Why a pool must not shrink now."""
+def _obstacle(pool: Pool, topology: Topology, surplus: int) -> str:
+    """Why a pool with `surplus` members more than are wanted must not lose a ready one now."""
     if topology.settling:
         return "members are still coming back"
-    members = [m for m in topology.members if pool_of(m) is pool]
-    ready = sum(m.is_ready for m in members)
-    if not ready == len(members) == replicas:
-        return f"{ready} of {len(members)} members are ready, {replicas} are wanted"
+    if surplus > 0:
+        return "more members are there than are wanted"
     if pool.modality is not None and (missing := topology.missing(pool.modality)):
         return f"no server for shards {','.join(map(str, missing))}"
     return ""

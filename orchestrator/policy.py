@@ -123,7 +123,7 @@ def _grow(past: _Past, config: PoolConfig) -> _Verdict | None:
     demand, wanted = past.smoothed(config.up_tau_s), _needed(past, config)
     reason = f"demand {demand:.2f} of {have} is above {config.up:.0%}"
     # Replicas that are on their way will ease the strain; until then more would be too many.
-    if wanted <= have and strain > 1 and not now.obstacle:
+    if wanted <= have and strain > 1 and not (now.obstacle or now.absent):
         wanted, reason = have + 1, f"{strain:.1f} times the target of {config.target_s:g} s"
     wanted = min(wanted, max(have + config.max_step, 2 * have), config.max_replicas)
     if wanted <= have:
@@ -142,7 +142,7 @@ def _shrink(past: _Past, config: PoolConfig) -> _Verdict:
     """One replica less, all of an idle pool that may go to zero, or what there is."""
     have = past.views[-1].replicas
     left, reason = _surplus(past, config)
-    if left < have and (objection := _objection(past, config)):
+    if left < have and (objection := _objection(past, config, left)):
         return _Verdict(have, f"held: {reason}, but {objection}")
     return _Verdict(left, reason)
 
@@ -166,15 +166,24 @@ def _surplus(past: _Past, config: PoolConfig) -> _Verdict:
     return _Verdict(have - 1, f"demand {peak:.2f} of {have} is below {config.down:.0%}")
 
 
-def _objection(past: _Past, config: PoolConfig) -> str:
-    """Why a pool keeps what it does not need; empty when nothing speaks against less."""
+def _objection(past: _Past, config: PoolConfig, left: int) -> str:
+    """Why a pool keeps what it does not need; empty when nothing speaks against `left`."""
     now, window = past.views[-1], past.within(config.down_window_s)
     if not past.spans(config.down_window_s):
         return f"it was watched for less than {config.down_window_s:g} s"
     if sum(view.demand is not None for view in window) < KNOWN_SHARE * len(window):
         return "too little is known of the last while"
-    if now.obstacle:
-        return now.obstacle
+    # What goes as a whole may be in any state.
+    if left and (obstacle := now.obstacle or _absence(now, window)):
+        return obstacle
     if (unchanged_s := past.unchanged_s()) < config.down_dwell_s:
         return f"it changed {unchanged_s:.0f} s ago"
     return ""
+
+
+def _absence(now: PoolView, window: Sequence[PoolView]) -> str:
+    """Whose coming is waited for. Of a pool that does its work, those that were away for the whole
+    window cannot start, or are not needed."""
+    if now.absent < now.replicas and all(view.absent for view in window):
+        return ""
+    return f"{now.absent} of {now.replicas} replicas are not ready" if now.absent else ""

@@ -64,12 +64,15 @@ class Retirements:
         """Chooses a member and begins to take it out, unless one is under way."""
         if pool in self._leaving:
             return
-        member = await self._backend.retire(pool, ranked(pool, signals))
-        if member is None:
+        members, left = ranked(pool, signals), signals.replicas[pool] - 1
+        member = await self._backend.retire(pool, members)
+        if member is not None:
+            log.info("retiring", pool=pool, member=member.member_id)
+            self._leaving[pool] = _Leaving(member, left, self._clock())
+        elif len(members) <= left:
+            await self._backend.scale(pool, left)  # it never came, and holds nothing
+        else:
             log.warning("nobody_to_retire", pool=pool)
-            return
-        log.info("retiring", pool=pool, member=member.member_id)
-        self._leaving[pool] = _Leaving(member, signals.replicas[pool] - 1, self._clock())
 
     def cancel(self, pool: Pool) -> bool:
         """Keeps the member after all; False when it is drained, which cannot be taken back."""

@@ -138,8 +138,8 @@ class Backend(Protocol):
 
         `ranked` are all the pool's members, the one that is missed least first. A backend that can
         choose takes the first, and stops exactly that one on the next `scale`; one that cannot, as
-        StatefulSets which remove the highest ordinal, says which it will be. None: it cannot tell;
-        the pool is then held.
+        StatefulSets which remove the highest ordinal, says which it will be. None: a replica that
+        is no member, as one that never came.
         """
 
     async def close(self) -> None:

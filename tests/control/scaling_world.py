@@ -85,6 +85,7 @@ class World(ExpertServers):
         self.processes: dict[str, Process] = {}
         self.wanted: dict[Pool, int] = {}
         self.is_away = self.is_stuck = False  # answers nothing; does not scale
+        self.is_full = False  # has no room for another process
         self.scaled: list[tuple[Pool, int]] = []
         self.unreachable: set[str] = set()
         self._count = 0
@@ -154,13 +155,15 @@ class World(ExpertServers):
         self.follow(pool)
 
     async def retire(self, pool: Pool, ranked: Sequence[MemberInfo]) -> MemberInfo | None:
+        if len(ranked) < self.wanted[pool]:
+            return None
         self._leaving[pool] = ranked[0].address
         return ranked[0]
 
     def follow(self, pool: Pool) -> None:
         """Starts and stops processes as wanted."""
         there = [a for a in self.processes if a.startswith(pool)]
-        for _ in range(self.wanted[pool] - len(there)):
+        for _ in range(0 if self.is_full else self.wanted[pool] - len(there)):
             self.start(pool)
         for address in self._going(pool, there)[: max(0, len(there) - self.wanted[pool])]:
             self.kill(address)

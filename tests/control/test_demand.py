@@ -266,7 +266,11 @@ def test_floor_and_obstacles() -> None:
     assert pools[TEXT].obstacle == "no server for shards 2,3,4,5,6,7"
     leaving = replace(TEXT_SERVER, state=MemberState.DRAINING)
     pools = observed(*[replace(s, topology=topology(leaving)) for s in warm()]).pools
-    assert "0 of 1 members are ready" in pools[TEXT].obstacle
+    assert pools[TEXT].absent == 1
+    spare = member(Role.EXPERT_POOL, "spare", Modality.TEXT)
+    both = topology(TEXT_SERVER, spare)
+    pools = observed(*[replace(s, topology=both) for s in warm()]).pools
+    assert "more members are there" in pools[TEXT].obstacle
     settling = [replace(s, topology=replace(s.topology, settling=True)) for s in warm()]
     assert all("coming back" in v.obstacle for v in observed(*settling).pools.values())
 

@@ -33,6 +33,8 @@ async def test_a_launcher_gets_orders_and_knows_who_goes_first() -> None:
     assert await launcher.replicas() == {TEXT: 2, Pool.ENCODER: 1}
     going = server_info(TEXT, "b", NUM_SHARDS, (0,))
     assert await launcher.retire(TEXT, [going, server_info(TEXT, "a", NUM_SHARDS, (1,))]) is going
+    assert await launcher.retire(TEXT, [going]) is None, "the other one never came"
+    assert await launcher.retire(TEXT, [going, server_info(TEXT, "a", NUM_SHARDS, (1,))]) is going
     await launcher.scale(TEXT, 1)
     order = await anext(orders)
     assert replicas(order)["POOL_TEXT_EXPERTS"] == 1

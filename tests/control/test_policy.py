@@ -115,11 +115,20 @@ def test_an_obstacle_freezes_the_way_down_only() -> None:
     assert decided(*long(replace(blocked, demand=Demand(replicas=4.0)))) == 5
 
 
+def test_replicas_are_waited_for_unless_they_were_away_for_the_whole_window() -> None:
+    short = view(4, 0.1, absent=1)
+    assert decided(*long(view(4, 0.1)), *[short] * 10) == 4, "it may be back in a moment"
+    assert decided(*long(short)) == 3, "it cannot start"
+    assert decided(*long(view(4, 0.1, absent=4))) == 4, "a pool that is away tells no demand"
+    zero = replace(CONFIG, min_replicas=0)
+    assert decided(*long(view(1, 0.0, absent=1, obstacle="no server")), config=zero) == 0
+
+
 def test_strain_adds_one_and_waits_for_it() -> None:
     strained = view(2, 1.0)
     strained = replace(strained, demand=Demand(replicas=1.0, strain=3.0))
     assert decided(strained) == 3
-    assert decided(replace(strained, obstacle="1 of 2 members are ready")) == 2
+    assert decided(replace(strained, absent=1)) == 2
     assert decided(*long(replace(strained, demand=Demand(replicas=0.1, strain=1.5)))) == 3
     calm_since = [view(2, 0.1)] * 10
     assert decided(*long(view(2, 0.1)), strained, *calm_since) == 2
@@ -168,5 +177,5 @@ def test_always_in_bounds_and_down_by_one(views: list[PoolView], low: int, high:
     assert after >= low
     assert after <= max(high, have)
     assert after >= have - 1 or (after == 0 and low == 0)
-    if after < have:
+    if 0 < after < have:
         assert not views[-1].obstacle

@@ -170,6 +170,22 @@ async def test_a_retired_server_hands_over_is_drained_and_then_stopped() -> None
     assert system.wanted[TEXT] == 1, "the minimum"
 
 
+async def test_a_replica_that_cannot_start_goes_first_and_keeps_no_other_from_going() -> None:
+    system = world(text_experts=2)
+    await system.step(6)
+    system.is_full = True
+    system.wanted[TEXT] = 3
+    for _ in range(20):
+        await system.step()
+        if system.scaled:
+            break
+    assert system.scaled == [(TEXT, 2)]
+    assert len(system.shards()) == 2, "both that are there stay"
+    await system.step(20)
+    assert system.scaled == [(TEXT, 2), (TEXT, 1)]
+    assert system.is_covered
+
+
 async def under_load(system: World, count: int) -> AsyncIterator[None]:
     """Steps in which every process computes nearly all the time."""
     for number in range(1, count + 1):
