@@ -131,30 +131,14 @@ def test_probes_ask_what_health_knows(values: tuple[Path, ...]) -> None:
         probes = {
             kind: main[f"{kind}Probe"]["grpc"] for kind in ("startup", "readiness", "liveness")
         }
-        assert {probe["port"] for probe in probes.values()} == {ports.get("health", ports["grpc"])}
+        # Neither TLS nor `auth.keyless: none` stands between the kubelet and this port.
+        assert {probe["port"] for probe in probes.values()} == {ports["health"]}
         assert probes["startup"]["service"] == LOADED
         assert probes["liveness"]["service"] == LIVE
         assert "service" not in probes["readiness"]
-        settings = environment(main)
-        assert ("health" in ports) == ("CHIASM_HEALTH_PORT" in settings)
-        assert settings.get("CHIASM_HEALTH_PORT", "9091") == "9091"
+        assert environment(main)["CHIASM_HEALTH_PORT"] == str(ports["health"])
         patience = main["startupProbe"]
         assert patience["periodSeconds"] * patience["failureThreshold"] >= 1800
-
-
-def test_encrypted_ports_are_probed_in_plain_text_beside_them() -> None:
-    tls = rendered("tls.enabled=true")
-    assert all(
-        container(tls, component)["readinessProbe"]["grpc"]["port"] == 9091
-        for component in workloads(tls)
-    )
-    gateway_only = rendered('tls.gateway.existingSecret="web"', 'tests.tlsName="web"')
-    probed = {
-        component: container(gateway_only, component)["readinessProbe"]["grpc"]["port"]
-        for component in workloads(gateway_only)
-    }
-    assert probed.pop("gateway") == 9091
-    assert set(probed.values()) == {9000}
 
 
 def test_probes_can_be_switched_off() -> None:

@@ -11,6 +11,8 @@
 - {name: HOME, value: /tmp}
 - {name: CHIASM_BIND, value: "{{ $root.Values.bindAddress }}:{{ .spec.port }}"}
 - {name: CHIASM_METRICS_PORT, value: "9090"}
+# The kubelet's probes speak no TLS and bring no API key.
+- {name: CHIASM_HEALTH_PORT, value: "9091"}
 - {name: CHIASM_ADVERTISE_HOST, value: $(POD_IP)}
 {{- with $values.drainSeconds }}
 - {name: CHIASM_GRACE_S, value: {{ . | quote }}}
@@ -51,9 +53,6 @@
 - {name: CHIASM_TLS_KEY, value: /etc/chiasm/tls/tls.key}
 - {name: CHIASM_TLS_CA, value: /etc/chiasm/tls/ca.crt}
 - {name: CHIASM_TLS_NAME, value: {{ include "chiasm.tlsName" $root | quote }}}
-{{- end }}
-{{- if include "chiasm.hasTls" . }}
-- {name: CHIASM_HEALTH_PORT, value: "9091"}
 {{- end }}
 {{- range $name, $value := $values.settings }}
 - {name: CHIASM_{{ upper $name }}, value: {{ include "chiasm.scalar" $value | quote }}}

@@ -2,7 +2,6 @@
 {{- define "chiasm.podTemplate" -}}
 {{- $root := .root -}}
 {{- $values := .spec.values -}}
-{{- $hasTls := not (empty (include "chiasm.hasTls" .)) -}}
 {{- $downloads := and .spec.model (ne $root.Values.model.download.source "none") -}}
 metadata:
   labels:
@@ -65,21 +64,17 @@ spec:
       ports:
         - {name: grpc, containerPort: {{ .spec.port }}}
         - {name: metrics, containerPort: 9090}
-        {{- if $hasTls }}
         - {name: health, containerPort: 9091}
-        {{- end }}
       {{- if $root.Values.probes.enabled }}
-      {{- /* The kubelet's probes speak no TLS. */}}
-      {{- $port := $hasTls | ternary 9091 .spec.port }}
       {{- with $root.Values.probes }}
       startupProbe:
-        grpc: {port: {{ $port }}, service: chiasm.loaded}
+        grpc: {port: 9091, service: chiasm.loaded}
         {{- toYaml .startup | nindent 8 }}
       readinessProbe:
-        grpc: {port: {{ $port }}}
+        grpc: {port: 9091}
         {{- toYaml .readiness | nindent 8 }}
       livenessProbe:
-        grpc: {port: {{ $port }}, service: chiasm.live}
+        grpc: {port: 9091, service: chiasm.live}
         {{- toYaml .liveness | nindent 8 }}
       {{- end }}
       {{- end }}
