@@ -294,11 +294,13 @@ class Pod(threading.Thread):
         return f"{local(self.ip)}:{(named or [p['containerPort'] for p in ports])[0]}"
 
     def _is_serving(self) -> bool:
+        probe = self._container.get("readinessProbe", {}).get("grpc", {})
+        host, _, port = self.address.rpartition(":")
+        address = f"{host}:{probe.get('port', port)}"
+        request = health_pb2.HealthCheckRequest(service=probe.get("service", ""))
         try:
-            with grpc.insecure_channel(self.address) as channel:
-                answer = health_pb2_grpc.HealthStub(channel).Check(
-                    health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S
-                )
+            with grpc.insecure_channel(address) as channel:
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)
         except grpc.RpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

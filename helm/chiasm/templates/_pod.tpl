@@ -71,7 +71,8 @@ spec:
         grpc: {port: 9091, service: chiasm.loaded}
         {{- toYaml .startup | nindent 8 }}
       readinessProbe:
-        grpc: {port: 9091}
+        {{- /* A gateway without a decoder lets requests wait, which must reach it for that. */}}
+        grpc: {port: 9091{{ if eq $.component "gateway" }}, service: chiasm.loaded{{ end }}}
         {{- toYaml .readiness | nindent 8 }}
       livenessProbe:
         grpc: {port: 9091, service: chiasm.live}
