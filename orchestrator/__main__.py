@@ -31,9 +31,6 @@ from chiasm.v1 import control_pb2, control_pb2_grpc, externalscaler_pb2, externa
 _SERVICE = control_pb2.DESCRIPTOR.services_by_name["Orchestrator"].full_name
 _KEDA_SERVICE = externalscaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"].full_name
 
-CLOSE_TIMEOUT_S = 5.0
-"""How long handing over may take."""
-
 STREAMS_TIMEOUT_S = 0.2
 """How long streams may take to end; those of members have no end."""
 
@@ -126,7 +123,7 @@ async def _serve(settings: OrchestratorSettings, instance_id: str) -> int:
         await parts.close()
 
     await parts.server.set_serving(True)
-    await parts.server.run_until_stopped(grace_s=CLOSE_TIMEOUT_S, on_drain=close)
+    await parts.server.run_until_stopped(grace_s=settings.grace_s, on_drain=close)
     for task in ended:
         task.result()  # raises what ended it, if it was not the loss of the lease
     campaign.cancel()

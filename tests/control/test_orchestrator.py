@@ -67,6 +67,15 @@ async def test_members_join_with_their_shards_and_leave_on_sigterm(
     assert topology.missing(Modality.TEXT) == (0,)
 
 
+def test_the_orchestrator_ends_within_the_grace_it_was_given(spawn: Spawn) -> None:
+    control = orchestrator(spawn, LONG_LEASE_MS, "127.0.0.1:0", "--grace-s", "3.5")
+    address(control)
+    assert control.end(WAIT_S)
+    lines = [json.loads(line) for line in control.last_lines(20) if line.startswith("{")]
+    (draining,) = [line for line in lines if line["event"] == "draining"]
+    assert draining["grace_s"] == 3.5
+
+
 async def test_kill_removes_a_member_long_before_its_lease(spawn: Spawn, watch: Watch) -> None:
     control = address(orchestrator(spawn, LONG_LEASE_MS))
     pools = [spawn("fake_service", "--orchestrator", control) for _ in range(2)]
