@@ -69,6 +69,24 @@ def test_values_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gateway.served_name == "ernie"
 
 
+def test_what_computes_on_cpus_gets_the_threads_it_requests() -> None:
+    found = rendered(
+        'encoder.device="cuda"',
+        'expertPools.text.env=[{"name":"OMP_NUM_THREADS","value":"3"}]',
+        'expertPools.vision.resources={"requests":{"cpu":null}}',
+    )
+    given = {
+        component: {e["name"]: e for e in container(found, component)["env"]}
+        for component in workloads(found)
+    }
+    requested = {"resource": "requests.cpu", "divisor": "1"}
+    assert given["decoder"]["OMP_NUM_THREADS"]["valueFrom"] == {"resourceFieldRef": requested}
+    assert given["decoder"]["OMP_WAIT_POLICY"]["value"] == "PASSIVE"
+    assert given["text-experts"]["OMP_NUM_THREADS"]["value"] == "3"
+    assert "OMP_NUM_THREADS" not in given["vision-experts"], "a request of nothing is no number"
+    assert not any("OMP_WAIT_POLICY" in given[other] for other in ("gateway", "encoder"))
+
+
 @pytest.mark.parametrize("values", VALUES, ids=name)
 def test_pods_are_confined(values: tuple[Path, ...]) -> None:
     """The restricted Pod Security Standard, and a root file system that cannot be written."""

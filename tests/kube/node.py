@@ -279,6 +279,8 @@ class Pod(threading.Thread):
             if match := re.fullmatch(r"metadata\.(labels|annotations)\['(.+)'\]", path):
                 return str(self._metadata.get(match[1], {}).get(match[2], ""))
             return str(fields[path])
+        if "resourceFieldRef" in source:
+            return "1"  # of CPUs, which the pods share here
         assert not source, f"the fake node does not know {source}"
         return str(variable.get("value", ""))
 

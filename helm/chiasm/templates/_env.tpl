@@ -30,6 +30,7 @@
 {{- with $values.device }}
 - {name: CHIASM_DEVICE, value: {{ . | quote }}}
 {{- end }}
+{{- include "chiasm.threadsEnv" $values }}
 {{- with .spec.modality }}
 - {name: CHIASM_MODALITY, value: {{ . }}}
 - {name: CHIASM_SHARDS, value: "auto/{{ include "chiasm.scalar" $.spec.shards }}"}
@@ -60,6 +61,23 @@
 {{- include "chiasm.tracingEnv" $root }}
 {{- with $values.env }}
 {{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* Threads of what computes on CPUs, as many as are requested: torch would take all of the node's, and
+     have them spin. env may say otherwise. The service's values. */}}
+{{- define "chiasm.threadsEnv" -}}
+{{- $given := list -}}
+{{- range .env -}}{{- $given = append $given .name -}}{{- end -}}
+{{- if eq (default "" .device) "cpu" }}
+{{- if and (or (dig "requests" "cpu" "" .resources) (dig "limits" "cpu" "" .resources)) (not (has "OMP_NUM_THREADS" $given)) }}
+- name: OMP_NUM_THREADS
+  # Whole cores, rounded up.
+  valueFrom: {resourceFieldRef: {resource: requests.cpu, divisor: "1"}}
+{{- end }}
+{{- if not (has "OMP_WAIT_POLICY" $given) }}
+- {name: OMP_WAIT_POLICY, value: PASSIVE}
+{{- end }}
 {{- end }}
 {{- end -}}
 
