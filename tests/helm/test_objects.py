@@ -26,6 +26,9 @@ from chiasm.services.gateway.config import GatewaySettings
 from chiasm.transport.server import LIVE, LOADED
 
 
+SIGHT = "NVIDIA_VISIBLE_DEVICES"
+
+
 @pytest.mark.parametrize("values", VALUES, ids=name)
 def test_every_process_starts_with_its_environment(
     values: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
@@ -69,7 +72,7 @@ def test_values_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gateway.served_name == "ernie"
 
 
-def test_what_computes_on_cpus_gets_the_threads_it_requests() -> None:
+def test_what_computes_on_cpus_gets_the_threads_it_requests_and_sees_no_gpu() -> None:
     found = rendered(
         'encoder.device="cuda"',
         'expertPools.text.env=[{"name":"OMP_NUM_THREADS","value":"3"}]',
@@ -85,6 +88,9 @@ def test_what_computes_on_cpus_gets_the_threads_it_requests() -> None:
     assert given["text-experts"]["OMP_NUM_THREADS"]["value"] == "3"
     assert "OMP_NUM_THREADS" not in given["vision-experts"], "a request of nothing is no number"
     assert not any("OMP_WAIT_POLICY" in given[other] for other in ("gateway", "encoder"))
+    sighted = {other for other, variables in given.items() if SIGHT not in variables}
+    assert sighted == {"encoder"}
+    assert given["gateway"][SIGHT]["value"] == "void"
 
 
 @pytest.mark.parametrize("values", VALUES, ids=name)

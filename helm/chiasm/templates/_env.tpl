@@ -30,7 +30,7 @@
 {{- with $values.device }}
 - {name: CHIASM_DEVICE, value: {{ . | quote }}}
 {{- end }}
-{{- include "chiasm.threadsEnv" $values }}
+{{- include "chiasm.deviceEnv" $values }}
 {{- with .spec.modality }}
 - {name: CHIASM_MODALITY, value: {{ . }}}
 - {name: CHIASM_SHARDS, value: "auto/{{ include "chiasm.scalar" $.spec.shards }}"}
@@ -64,20 +64,26 @@
 {{- end }}
 {{- end -}}
 
-{{/* Threads of what computes on CPUs, as many as are requested: torch would take all of the node's, and
-     have them spin. env may say otherwise. The service's values. */}}
-{{- define "chiasm.threadsEnv" -}}
+{{/* What the libraries below are told, unless env says otherwise: the service's values. As many threads
+     on CPUs as are requested, as torch would take all of the node's, and have them spin; and no GPU
+     where none is used, as a runtime would show the CUDA image all of them. */}}
+{{- define "chiasm.deviceEnv" -}}
+{{- $device := default "" .device -}}
+{{- $own := dict -}}
+{{- if eq $device "cpu" -}}{{- $_ := set $own "OMP_WAIT_POLICY" "PASSIVE" -}}{{- end -}}
+{{- if not (hasPrefix "cuda" $device) -}}{{- $_ := set $own "NVIDIA_VISIBLE_DEVICES" "void" -}}{{- end -}}
 {{- $given := list -}}
 {{- range .env -}}{{- $given = append $given .name -}}{{- end -}}
-{{- if eq (default "" .device) "cpu" }}
-{{- if and (or (dig "requests" "cpu" "" .resources) (dig "limits" "cpu" "" .resources)) (not (has "OMP_NUM_THREADS" $given)) }}
+{{- range $name, $value := $own }}
+{{- if not (has $name $given) }}
+- {name: {{ $name }}, value: {{ $value }}}
+{{- end }}
+{{- end }}
+{{- $cores := or (dig "requests" "cpu" "" .resources) (dig "limits" "cpu" "" .resources) -}}
+{{- if and (eq $device "cpu") $cores (not (has "OMP_NUM_THREADS" $given)) }}
 - name: OMP_NUM_THREADS
   # Whole cores, rounded up.
   valueFrom: {resourceFieldRef: {resource: requests.cpu, divisor: "1"}}
-{{- end }}
-{{- if not (has "OMP_WAIT_POLICY" $given) }}
-- {name: OMP_WAIT_POLICY, value: PASSIVE}
-{{- end }}
 {{- end }}
 {{- end -}}
 
