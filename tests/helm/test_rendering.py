@@ -200,6 +200,17 @@ IMPOSSIBLE = [
         "the orchestrator scales all pools or none",
     ),
     (('expertPools.text.settings={"max_shards":3}',), "cannot hold all 8 shards"),
+    (('decoder.settings={"max_running":512}',), "must be more than decoder.settings.max_running"),
+    (
+        ('decoder.settings={"max_step_tokens":4097}',),
+        "is more than expertPools.text.settings.max_dispatch_tokens, 4096",
+    ),
+    (
+        ('expertPools.vision.settings={"max_dispatch_tokens":511}',),
+        "is more than expertPools.vision.settings.max_dispatch_tokens",
+    ),
+    (('orchestrator.settings={"scale_up_at":0.4}',), "scale_down_at must lie below"),
+    (('orchestrator.settings={"scale_down_at":0.8}',), "scale_down_at must lie below"),
     (('model.volume.type="existingClaim"', 'model.download.source="none"'), "needs model.volume"),
     (('model.download.source="none"',), "is empty at first"),
     (('model.download.huggingface.repository=""',), "huggingface.repository"),
@@ -233,6 +244,14 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize(("sets", "said"), IMPOSSIBLE, ids=lambda given: str(given)[:40])
 def test_impossible_mixes_are_refused_in_a_sentence(sets: tuple[str, ...], said: str) -> None:
     assert said in refusal(*sets)
+
+
+def test_settings_at_the_edge_of_what_fits_together_are_taken() -> None:
+    manifest(
+        'decoder.settings={"max_step_tokens":4096,"max_running":4095}',
+        'orchestrator.settings={"scale_down_at":0.79}',
+    )
+    manifest('decoder.settings={"max_running":511}', 'orchestrator.settings={"scale_up_at":0.41}')
 
 
 @pytest.mark.parametrize(

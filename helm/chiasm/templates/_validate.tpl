@@ -4,6 +4,7 @@
 {{- fail (printf "names of Services begin with a letter, %s does not; set fullnameOverride" (include "chiasm.fullname" .)) -}}
 {{- end -}}
 {{- include "chiasm.validatePools" . -}}
+{{- include "chiasm.validateSettings" . -}}
 {{- include "chiasm.validateModel" . -}}
 {{- include "chiasm.validateAccess" . -}}
 {{- if and .Values.metrics.serviceMonitor.enabled .Values.metrics.podMonitor.enabled -}}
@@ -53,6 +54,26 @@
 {{- if and (hasKey $types "builtin") (hasKey $types $other) -}}
 {{- fail (printf "%s has autoscaling.type builtin and %s %s: the orchestrator scales all pools or none" (get $types "builtin") (get $types $other) $other) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Settings that a process would refuse, or that would fail at the first long prompt. */}}
+{{- define "chiasm.validateSettings" -}}
+{{- $decoder := .Values.decoder.settings -}}
+{{- $step := int (default 512 $decoder.max_step_tokens) -}}
+{{- $running := int (default 32 $decoder.max_running) -}}
+{{- if le $step $running -}}
+{{- fail (printf "decoder.settings.max_step_tokens, %d, must be more than decoder.settings.max_running, %d" $step $running) -}}
+{{- end -}}
+{{- range $modality, $pool := .Values.expertPools -}}
+{{- $most := int (default 4096 $pool.settings.max_dispatch_tokens) -}}
+{{- if and $pool.enabled (gt $step $most) -}}
+{{- fail (printf "decoder.settings.max_step_tokens, %d, is more than expertPools.%s.settings.max_dispatch_tokens, %d" $step $modality $most) -}}
+{{- end -}}
+{{- end -}}
+{{- $scaling := .Values.orchestrator.settings -}}
+{{- if ge (float64 (dig "scale_down_at" 0.4 $scaling)) (float64 (dig "scale_up_at" 0.8 $scaling)) -}}
+{{- fail "orchestrator.settings.scale_down_at must lie below orchestrator.settings.scale_up_at" -}}
 {{- end -}}
 {{- end -}}
 
