@@ -184,6 +184,14 @@ def test_the_drain_fits_into_the_grace(values: tuple[Path, ...]) -> None:
         assert spec["terminationGracePeriodSeconds"] >= seconds + grace + 5
 
 
+def test_a_gateway_drains_for_as_long_as_a_request_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = started(rendered(), "gateway", monkeypatch)
+    assert isinstance(gateway, GatewaySettings)
+    assert gateway.grace_s >= gateway.default_timeout_s
+
+
 def test_pools_are_stateful_sets_that_start_at_once() -> None:
     found = rendered()
     for pool in Pool:
