@@ -241,7 +241,8 @@ def test_secrets_are_files_of_those_who_need_them() -> None:
         assert all(v["secret"]["defaultMode"] == 0o440 for v in volumes if "secret" in v)
     names = found[f"Certificate/{NAME}-tls"]["spec"]["dnsNames"]
     assert environment(container(found, "decoder"))["CHIASM_TLS_NAME"] in names
-    assert f"{NAME}-orchestrator.{NAMESPACE}.svc" in names
+    for service in ("orchestrator", "gateway", "gateway-pods"):
+        assert f"{NAME}-{service}.{NAMESPACE}.svc" in names
     assert found[f"Issuer/{NAME}-ca"]["spec"] == {"ca": {"secretName": f"{NAME}-ca"}}
 
 
