@@ -68,6 +68,15 @@ def refusal(*sets: str, values: tuple[Path, ...] = ()) -> str:
     return done.stderr
 
 
+def notes(*sets: str) -> str:
+    """What helm says after an installation."""
+    done = helm(
+        *("install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--dry-run=client"),
+        *arguments((), sets),
+    )
+    return done.stdout.partition("NOTES:\n")[2]
+
+
 def workloads(found: dict[str, Object]) -> dict[str, Object]:
     """Deployments and StatefulSets by component."""
     return {

@@ -8,6 +8,8 @@ import pytest
 from helm.rendering import (
     NAME,
     Object,
+    notes,
+    pod_specs,
     rendered,
     workloads,
 )
@@ -123,3 +125,29 @@ def test_monitors_find_every_pod(kind: str) -> None:
             if chosen <= workload["spec"]["template"]["metadata"]["labels"].items()
         }
     assert covered == set(SETTINGS)
+
+
+OWN = '"certManager":{"issuerRef":{"name":"web"},"dnsNames":["a.example.com"]}'
+GIVEN = '"existingSecret":"web"'
+
+
+@pytest.mark.parametrize(
+    ("tls", "name", "secret"),
+    [
+        ('{"enabled":true}', f"{NAME}.internal", f"{NAME}-tls"),
+        ('{"enabled":true,"existingSecret":"ours","name":"b"}', "b", "ours"),
+        (f'{{"enabled":true,"gateway":{{{OWN}}}}}', "a.example.com", f"{NAME}-gateway-tls"),
+        (f'{{"gateway":{{{GIVEN}}}}}', "NAME", "web"),
+    ],
+)
+def test_clients_are_told_a_name_that_the_certificate_bears(
+    tls: str, name: str, secret: str
+) -> None:
+    sets = (f"tls={tls}", 'tests.tlsName="NAME"' if GIVEN in tls else "tests.tlsName=null")
+    said = notes(*sets)
+    assert f"--tls --tls-name {name}\n" in said
+    assert f"get secret {secret} " in said
+    pods = [spec for key, spec in pod_specs(rendered(*sets)).items() if "test-text" in key]
+    words = pods[0]["containers"][0]["args"]
+    assert words[words.index("--tls-name") + 1] == name
+    assert "--tls" not in notes()

@@ -25,7 +25,6 @@ from chiasm.services.expert_pool.config import ExpertPoolSettings
 from chiasm.services.gateway.config import GatewaySettings
 from chiasm.transport.server import LIVE, LOADED
 
-
 SIGHT = "NVIDIA_VISIBLE_DEVICES"
 
 

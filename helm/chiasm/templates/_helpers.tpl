@@ -90,6 +90,15 @@ app.kubernetes.io/part-of: chiasm
 {{- end -}}
 {{- end -}}
 
+{{/* A name in the certificate that clients of the gateway see, as far as the chart knows one. */}}
+{{- define "chiasm.gatewayTlsName" -}}
+{{- if not (include "chiasm.gatewayTlsSecret" .) -}}
+{{- include "chiasm.tlsName" . -}}
+{{- else if not .Values.tls.gateway.existingSecret -}}
+{{- first .Values.tls.gateway.certManager.dnsNames -}}
+{{- end -}}
+{{- end -}}
+
 {{/* "true" when the port of a component is encrypted: root, component. */}}
 {{- define "chiasm.hasTls" -}}
 {{- if or .root.Values.tls.enabled (and (eq .component "gateway") (include "chiasm.gatewayTlsSecret" .root)) -}}
