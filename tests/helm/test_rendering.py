@@ -213,6 +213,13 @@ IMPOSSIBLE = [
     (('orchestrator.settings={"scale_down_at":0.8}',), "scale_down_at must lie below"),
     (('model.volume.type="existingClaim"', 'model.download.source="none"'), "needs model.volume"),
     (('model.download.source="none"',), "is empty at first"),
+    (
+        (
+            'model.volume={"type":"existingClaim","existingClaim":"a"}',
+            f'model.download={{"source":"none","checksums":"{"0" * 64}  a"}}',
+        ),
+        "nothing is downloaded",
+    ),
     (('model.download.huggingface.repository=""',), "huggingface.repository"),
     (('model.download.source="archive"',), "archive.url"),
     (('model.download.source="command"',), "download.command"),

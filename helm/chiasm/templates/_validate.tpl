@@ -86,6 +86,9 @@
 {{- if and (eq $download.source "none") (ne $volume.type "existingClaim") -}}
 {{- fail (printf "model.volume.type %s is empty at first; set model.download.source, or give an existingClaim that holds the model" $volume.type) -}}
 {{- end -}}
+{{- if and (eq $download.source "none") $download.checksums -}}
+{{- fail "model.download.checksums are compared after a download; with source none nothing is downloaded" -}}
+{{- end -}}
 {{- if and (eq $download.source "huggingface") (not $download.huggingface.repository) -}}
 {{- fail "model.download.source huggingface needs model.download.huggingface.repository" -}}
 {{- end -}}
