@@ -217,6 +217,18 @@ def test_the_model_is_read_only_and_where_the_settings_say() -> None:
         assert weightless == (component == "gateway")
 
 
+def test_a_claim_that_nobody_fills_is_mounted_for_reading() -> None:
+    def claim(*sets: str) -> Object:
+        spec = workloads(rendered(*sets))["decoder"]["spec"]["template"]["spec"]
+        (volume,) = [v for v in spec["volumes"] if v["name"] == "models"]
+        return dict(volume["persistentVolumeClaim"])
+
+    given = 'model.volume={"type":"existingClaim","existingClaim":"a"}'
+    assert claim(given, 'model.download.source="none"')["readOnly"] is True
+    assert "readOnly" not in claim(given)
+    assert "readOnly" not in claim('model.volume.type="pvc"')
+
+
 def test_another_source_of_the_model_is_another_folder() -> None:
     def folder(*sets: str) -> str:
         return environment(container(rendered(*sets), "decoder"))["CHIASM_MODEL"]

@@ -24,6 +24,10 @@
 {{- else }}
   persistentVolumeClaim:
     claimName: {{ eq $volume.type "pvc" | ternary (printf "%s-models" (include "chiasm.fullname" .)) $volume.existingClaim }}
+    {{- if eq .Values.model.download.source "none" }}
+    # So that also a claim of ReadOnlyMany, on many nodes, can be mounted.
+    readOnly: true
+    {{- end }}
 {{- end }}
 {{- end -}}
 
