@@ -217,6 +217,14 @@ def test_the_model_is_read_only_and_where_the_settings_say() -> None:
         assert weightless == (component == "gateway")
 
 
+@pytest.mark.parametrize("example", [None, "gpu-8", "single-gpu", "builtin", "hpa"])
+def test_a_claim_of_the_chart_has_room_for_the_next_model(example: str | None) -> None:
+    values = EXAMPLE[example] if example else ()
+    found = rendered('model.volume.type="pvc"', values=values)
+    size = found[f"PersistentVolumeClaim/{NAME}-models"]["spec"]["resources"]["requests"]["storage"]
+    assert int(size.removesuffix("Gi")) >= 2 * 55
+
+
 def test_a_claim_that_nobody_fills_is_mounted_for_reading() -> None:
     def claim(*sets: str) -> Object:
         spec = workloads(rendered(*sets))["decoder"]["spec"]["template"]["spec"]
