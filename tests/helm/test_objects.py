@@ -217,6 +217,20 @@ def test_the_model_is_read_only_and_where_the_settings_say() -> None:
         assert weightless == (component == "gateway")
 
 
+def test_a_pod_that_downloads_onto_its_node_asks_for_the_room() -> None:
+    def requested(component: str, *sets: str) -> object:
+        spec = workloads(rendered(*sets))[component]["spec"]["template"]["spec"]
+        (fetch,) = spec["initContainers"]
+        return fetch.get("resources", {}).get("requests", {}).get("ephemeral-storage")
+
+    assert requested("decoder") == "80Gi"
+    assert requested("gateway") is None, "it leaves the weights out"
+    assert requested("gateway", 'model.download={"source":"command","command":"x"}') == "80Gi"
+    own = 'model.download.resources={"requests":{"ephemeral-storage":"60Gi"}}'
+    assert requested("decoder", own) == "60Gi"
+    assert requested("decoder", 'model.volume.type="pvc"') is None
+
+
 @pytest.mark.parametrize("example", [None, "gpu-8", "single-gpu", "builtin", "hpa"])
 def test_a_claim_of_the_chart_has_room_for_the_next_model(example: str | None) -> None:
     values = EXAMPLE[example] if example else ()

@@ -42,7 +42,13 @@ REMOVE_TIMEOUT_S = 60.0
 RESTART_S = 0.5
 """Pause before a process that died is started again; the kubelet would double it each time."""
 
-CAPACITY = {"cpu": "64", "memory": "512Gi", "pods": "110", "nvidia.com/gpu": "8"}
+CAPACITY = {
+    "cpu": "64",
+    "memory": "512Gi",
+    "ephemeral-storage": "4Ti",
+    "pods": "110",
+    "nvidia.com/gpu": "8",
+}
 
 Object = dict[str, Any]
 """An object of the API, as JSON."""

@@ -34,6 +34,13 @@
 {{/* The init container that fills the volume: root, component, spec. */}}
 {{- define "chiasm.download" -}}
 {{- $download := .root.Values.model.download -}}
+{{- $volume := .root.Values.model.volume -}}
+{{- $isOwn := eq $volume.type "emptyDir" -}}
+{{- $isWeightless := and $isOwn (eq .component "gateway") (eq $download.source "huggingface") -}}
+{{- $resources := deepCopy $download.resources -}}
+{{- if and $isOwn (not $isWeightless) -}}
+{{- $resources = merge $resources (dict "requests" (dict "ephemeral-storage" $volume.sizeLimit)) -}}
+{{- end -}}
 - name: fetch-model
   image: {{ include "chiasm.image" (dict "root" .root "image" .spec.values.image) }}
   imagePullPolicy: {{ include "chiasm.pullPolicy" (dict "root" .root "image" .spec.values.image) }}
@@ -45,7 +52,7 @@
     {{- if eq $download.source "huggingface" }}
     - {name: MODEL_REPOSITORY, value: {{ $download.huggingface.repository | quote }}}
     - {name: MODEL_REVISION, value: {{ $download.huggingface.revision | quote }}}
-    {{- if and (eq .component "gateway") (eq .root.Values.model.volume.type "emptyDir") }}
+    {{- if $isWeightless }}
     # A gateway reads configuration and tokenizer only.
     - {name: MODEL_WEIGHTS, value: "no"}
     {{- end }}
@@ -67,7 +74,8 @@
     {{- toYaml . | nindent 4 }}
     {{- end }}
   securityContext: {{- toYaml .root.Values.containerSecurityContext | nindent 4 }}
-  {{- with $download.resources }}
+  {{- with $resources }}
+  # The largest request of a pod's init containers counts for as long as the pod is there.
   resources: {{- toYaml . | nindent 4 }}
   {{- end }}
   volumeMounts:
