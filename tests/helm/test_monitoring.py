@@ -192,6 +192,7 @@ PEACE = [
     series("chiasm_orchestrator_leads", f"1+0{HOUR}", pod="a"),
     series("chiasm_orchestrator_leads", f"0+0{HOUR}", pod="b"),
     series("chiasm_pool_shards_missing", f"0+0{HOUR}", modality="text"),
+    series("chiasm_pool_shards_missing", "0+0x48 8+0x12", modality="vision"),  # it was woken
     series("up", f"1+0{HOUR}", pod="a"),
     series("chiasm_requests_accepted_total", f"0+60{HOUR}"),
     series("chiasm_requests_finished_total", f"0+59{HOUR}", reason="stop"),
