@@ -147,6 +147,10 @@ FIRING: dict[str, list[dict[str, str]]] = {
         series("chiasm_requests_accepted_total", f"0+60{HOUR}"),
         series("chiasm_requests_failed_total", f"0+6{HOUR}", reason="DECODER_UNAVAILABLE"),
     ],
+    "ChiasmDeadlinesPass": [
+        series("chiasm_requests_accepted_total", f"0+60{HOUR}"),
+        series("chiasm_requests_failed_total", f"0+6{HOUR}", reason="DEADLINE_EXCEEDED"),
+    ],
     "ChiasmRequestsRefused": [
         series("chiasm_requests_failed_total", f"0+60{HOUR}", reason="GATEWAY_FULL")
     ],
@@ -195,8 +199,9 @@ PEACE = [
     series("chiasm_pool_shards_missing", "0+0x48 8+0x12", modality="vision"),  # it was woken
     series("up", f"1+0{HOUR}", pod="a"),
     series("chiasm_requests_accepted_total", f"0+60{HOUR}"),
-    series("chiasm_requests_finished_total", f"0+59{HOUR}", reason="stop"),
+    series("chiasm_requests_finished_total", f"0+54{HOUR}", reason="stop"),
     series("chiasm_requests_failed_total", f"0+1{HOUR}", reason="INVALID_ARGUMENT"),
+    series("chiasm_requests_failed_total", f"0+5{HOUR}", reason="KV_CACHE_TOO_SMALL"),
     series("chiasm_requests_in_flight", f"0+0{HOUR}"),
     series("chiasm_request_resumes_total", f"3+0{HOUR}"),
     series("chiasm_time_to_first_token_seconds_bucket", f"0+9{HOUR}", le="1"),
