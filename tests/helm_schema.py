@@ -287,6 +287,7 @@ def access() -> dict[str, Schema]:
             kedaFrom=OBJECTS,
             dnsPorts=PORTS,
             tracingTo=OBJECTS,
+            tracingPorts=PORTS,
             apiServerTo=OBJECTS,
             apiServerPorts=PORTS,
             downloadTo=OBJECTS,

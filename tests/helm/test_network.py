@@ -85,6 +85,16 @@ def test_outside_hops_open_where_they_are_used() -> None:
     for endpoint, port in (("http://c:4317", 4317), ("https://c", 443), ("http://c/v1/", 80)):
         traced = rendered(f'tracing={{"enabled":true,"endpoint":"{endpoint}"}}')
         assert [port] in ports(traced, "gateway", "egress")
+    behind = 'tracing={"enabled":true,"endpoint":"http://c"}'
+    assert [4317] in ports(
+        rendered(behind, "networkPolicy.tracingPorts=[4317]"), "gateway", "egress"
+    )
+    for url, expected in (("http://s:8080/m.tar", [443, 8080]), ("https://s/m.tar", [443])):
+        archive = f'model.download={{"source":"archive","archive":{{"url":"{url}"}}}}'
+        assert expected in ports(rendered(archive), "decoder", "egress")
+        assert [81] in ports(
+            rendered(archive, "networkPolicy.downloadPorts=[81]"), "decoder", "egress"
+        )
     keda = rendered(values=EXAMPLE["keda"])[f"NetworkPolicy/{NAME}-orchestrator"]["spec"]
     assert any("namespaceSelector" in peer for peer in keda["ingress"][0]["from"])
 
