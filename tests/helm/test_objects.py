@@ -239,6 +239,25 @@ def test_a_claim_of_the_chart_has_room_for_the_next_model(example: str | None) -
     assert int(size.removesuffix("Gi")) >= 2 * 55
 
 
+@pytest.mark.parametrize("example", ["gpu-8", "single-gpu"])
+def test_pods_of_a_volume_for_one_node_go_to_one_node(example: str) -> None:
+    found = rendered(values=EXAMPLE[example])
+    for component, workload in workloads(found).items():
+        template = workload["spec"]["template"]
+        labels = template["metadata"]["labels"]
+        if component == "orchestrator":
+            assert "affinity" not in template["spec"]
+            continue
+        rules = template["spec"]["affinity"]["podAffinity"]
+        (rule,) = rules["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert rule["topologyKey"] == "kubernetes.io/hostname"
+        named, others = rule["labelSelector"]["matchExpressions"]
+        # A pod that matches its own rule may be the first.
+        assert labels[named["key"]] in named["values"]
+        assert labels[others["key"]] not in others["values"]
+        assert "orchestrator" in others["values"], "it may be on any node"
+
+
 def test_a_claim_that_nobody_fills_is_mounted_for_reading() -> None:
     def claim(*sets: str) -> Object:
         spec = workloads(rendered(*sets))["decoder"]["spec"]["template"]["spec"]
