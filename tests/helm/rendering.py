@@ -12,6 +12,7 @@ from helm_cli import helm
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm/chiasm"
+PINNED = Path(__file__).with_name("pinned.yaml")
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 RELEASE, NAMESPACE = "r", "prod"
 NAME = f"{RELEASE}-chiasm"
@@ -24,7 +25,7 @@ Object = dict[str, Any]
 
 
 def arguments(values: Iterable[Path], sets: Iterable[str]) -> list[str]:
-    files = [word for path in values for word in ("-f", str(path))]
+    files = [word for path in tuple(values) or (PINNED,) for word in ("-f", str(path))]
     return [*files, *(word for entry in sets for word in ("--set-json", entry))]
 
 

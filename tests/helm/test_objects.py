@@ -276,7 +276,7 @@ def test_another_source_of_the_model_is_another_folder() -> None:
 
     folders = {
         folder(),
-        folder('model.download.huggingface.revision="v2"'),
+        folder('model.download.huggingface.revision="4444444444444444444444444444444444444444"'),
         folder('model.download={"source":"archive","archive":{"url":"https://x/y.tar"}}'),
         folder(f'model.download.checksums="{"0" * 64}  a"'),
     }

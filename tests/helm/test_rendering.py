@@ -13,7 +13,15 @@ import kubernetes_validate
 import kubernetes_validate.utils
 import pytest
 import yaml
-from helm.rendering import CHART, EXAMPLES, KUBE_VERSION, manifest, objects, refusal
+from helm.rendering import (
+    CHART,
+    EXAMPLES,
+    KUBE_VERSION,
+    arguments,
+    manifest,
+    objects,
+    refusal,
+)
 from helm_cli import binary, helm
 
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
@@ -107,8 +115,7 @@ def test_the_validation_can_fail() -> None:
 
 @pytest.mark.parametrize("values", VALUES, ids=name)
 def test_lint(values: tuple[Path, ...]) -> None:
-    files = [word for path in values for word in ("-f", str(path))]
-    helm("lint", "--strict", "--quiet", str(CHART), *files)
+    helm("lint", "--strict", "--quiet", str(CHART), *arguments(values, ()))
 
 
 @pytest.mark.parametrize("values", VALUES, ids=name)
@@ -221,6 +228,7 @@ IMPOSSIBLE = [
         "nothing is downloaded",
     ),
     (('model.download.huggingface.repository=""',), "huggingface.repository"),
+    (('model.download.huggingface.revision="main"',), "main may be another model by then"),
     (('model.download.source="archive"',), "archive.url"),
     (('model.download.source="command"',), "download.command"),
     (("auth.enabled=true",), "auth.existingSecret or auth.keys"),
@@ -259,6 +267,7 @@ def test_settings_at_the_edge_of_what_fits_together_are_taken() -> None:
         'orchestrator.settings={"scale_down_at":0.79}',
     )
     manifest('decoder.settings={"max_running":511}', 'orchestrator.settings={"scale_up_at":0.41}')
+    manifest('model.download.huggingface.revision="main"', 'model.volume.type="pvc"')
 
 
 @pytest.mark.parametrize(
@@ -271,7 +280,8 @@ def test_settings_at_the_edge_of_what_fits_together_are_taken() -> None:
     ],
 )
 def test_names_are_those_that_services_may_have(release: str, begin: str) -> None:
-    out = helm("template", release, str(CHART), "--kube-version", KUBE_VERSION).stdout
+    flags = ("--kube-version", KUBE_VERSION, *arguments((), ()))
+    out = helm("template", release, str(CHART), *flags).stdout
     for found in filter(None, yaml.safe_load_all(out)):
         name = found["metadata"]["name"]
         assert name.startswith(f"{begin}-") or name == begin
@@ -283,7 +293,7 @@ def test_a_release_named_like_a_number() -> None:
     done = helm("template", "45", str(CHART), "--kube-version", KUBE_VERSION, check=False)
     assert "begin with a letter" in done.stderr
     out = helm(
-        *("template", "45", str(CHART), "--kube-version", KUBE_VERSION),
+        *("template", "45", str(CHART), "--kube-version", KUBE_VERSION, *arguments((), ())),
         *("--set", "fullnameOverride=a", "--set-string", "nameOverride=45"),
     ).stdout
     labels = [o["metadata"]["labels"] for o in yaml.safe_load_all(out) if o]

@@ -92,6 +92,10 @@
 {{- if and (eq $download.source "huggingface") (not $download.huggingface.repository) -}}
 {{- fail "model.download.source huggingface needs model.download.huggingface.repository" -}}
 {{- end -}}
+{{- $isPinned := or $download.checksums (regexMatch "^[0-9a-f]{40}$" $download.huggingface.revision) -}}
+{{- if and (eq $download.source "huggingface") (eq $volume.type "emptyDir") (not $isPinned) -}}
+{{- fail (printf "with model.volume.type emptyDir every pod downloads by itself, and %s may be another model by then; give a commit as model.download.huggingface.revision, or model.download.checksums, or share a volume" $download.huggingface.revision) -}}
+{{- end -}}
 {{- if and (eq $download.source "archive") (not $download.archive.url) -}}
 {{- fail "model.download.source archive needs model.download.archive.url" -}}
 {{- end -}}
