@@ -48,7 +48,11 @@ class SentencePieceVocabulary:
             [i for i, kind in enumerate(kinds) if kind in (_PIECE.CONTROL, _PIECE.UNKNOWN)]
             + [self.added[content] for content in special if content in self.added]
         )
-        self.byte_ids = frozenset(i for i, kind in enumerate(kinds) if kind == _PIECE.BYTE)
+        self.byte_ids = {
+            i: int(piece.piece[3:5], 16)
+            for i, piece in enumerate(model.pieces)
+            if piece.type == _PIECE.BYTE
+        }
         self.size = max(len(kinds), *(token_id + 1 for token_id in self.added.values()))
         self._num_pieces = len(kinds)
         self._content = {token_id: content for content, token_id in self.added.items()}
@@ -75,9 +79,9 @@ class SentencePieceVocabulary:
         spelled = [self._content.get(i, "").encode() for i in range(self.size)]
         for token_id in range(self._num_pieces):
             piece = self._model.id_to_piece(token_id)
-            is_byte = token_id in self.byte_ids
+            byte = self.byte_ids.get(token_id)
             spelled[token_id] = (
-                bytes.fromhex(piece[3:5]) if is_byte else piece.replace(_SPACE, " ").encode()
+                piece.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
             )
         return spelled
 

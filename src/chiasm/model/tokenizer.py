@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import codecs
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +16,12 @@ from chiasm.errors import InvalidArgument, NotFound
 from chiasm.model.spm import SentencePieceVocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MAX_UNFINISHED = 16
-"""Tokens held back before a place is looked for where the text may be cut after all."""
+_NO_CHARACTER = re.compile("[\\udc80-\\udcff]")
+"""What the error handler `surrogateescape` makes of bytes that are part of no character."""
+
+_WINDOW = 4
+"""Tokens that tell how the next one reads: an unfinished character's, at most three, and one more
+before them."""
 
 
 class Vocabulary(Protocol):
@@ -24,8 +31,8 @@ class Vocabulary(Protocol):
     """Spelling -> id of the tokens that are matched whole: control tokens, digits."""
     special_ids: frozenset[int]
     """Those that are no text: left out of decoded text, never found in encoded text."""
-    byte_ids: frozenset[int]
-    """Tokens `<0x00>`..`<0xFF>`, each one byte of a character that has no token of its own."""
+    byte_ids: Mapping[int, int]
+    """Id -> byte of the tokens `<0x00>`..`<0xFF>`: bytes of characters without a token."""
     size: int
 
     def __contains__(self, token_id: int) -> bool: ...
@@ -84,6 +91,10 @@ class Tokenizer:
         """Whether the token is one byte of a character."""
         return token_id in self._vocabulary.byte_ids
 
+    def bytes_of(self, token_ids: Iterable[int]) -> bytes:
+        """What tokens that are bytes stand for."""
+        return bytes(self._vocabulary.byte_ids[token_id] for token_id in token_ids)
+
 
 class _FastVocabulary:
     """tokenizer.json, read by `tokenizers`."""
@@ -104,8 +115,7 @@ class _FastVocabulary:
         tokens = self._tokenizer.get_added_tokens_decoder()
         self.added = {token.content: token_id for token_id, token in tokens.items()}
         self.special_ids = frozenset(token_id for token_id, t in tokens.items() if t.special)
-        spelled = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        self.byte_ids = frozenset(token_id for token_id in spelled if token_id is not None)
+        self.byte_ids = self._byte_ids()
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def __contains__(self, token_id: int) -> bool:
@@ -117,57 +127,74 @@ class _FastVocabulary:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
+    def _byte_ids(self) -> dict[int, int]:
+        ids: dict[int, int] = {}
+        for byte in range(256):
+            spelling = f"<0x{byte:02X}>"
+            token_id = self._tokenizer.token_to_id(spelling)
+            # Where the decoder knows no byte tokens, one that is spelled so is text.
+            if token_id is not None and self.decode([token_id]) != spelling:
+                ids[token_id] = byte
+        return ids
+
 
 class IncrementalDecoder:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they come; never holds back more than one unfinished character.
 
-    What `push` and `flush` return adds up to `Tokenizer.decode` of all tokens. Text is held back
-    while its last character may be unfinished: while it ends with the replacement character, or
-    with a byte token, because a run of bytes is valid or not as a whole.
+    What `push` and `flush` return adds up to `Tokenizer.decode` of all tokens, but for bytes that
+    are no UTF-8: each yields a replacement character here, while `decode` of a tokenizer.json lets
+    them spoil the characters beside them, which have been given out by then.
 
-    Only a window is decoded: the tokens held back, and before them those of the last text given
-    out, since the decoding of a token may depend on whether it comes first.
+    A run of byte tokens is decoded by itself. Other tokens are decoded together with those before
+    them, since a token may read otherwise where it comes first, or finish a character that the last
+    ones began; text that ends with the replacement character may be of that kind.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._given: list[int] = []
-        self._given_text = ""
-        self._held: list[int] = []
+        self._bytes = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._window: list[int] = []
+        self._num_given = 0  # characters of the window's text
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Text that became complete with `token_ids`."""
-        self._held.extend(self._tokenizer.visible(token_ids))
-        if not self._held or self._tokenizer.is_byte(self._held[-1]):
-            return ""
-        text = self._decode(self._held)
-        if not text.endswith(_REPLACEMENT):
-            return self._give(len(self._held), text)
-        if len(self._held) < _MAX_UNFINISHED:
-            return ""
-        return self._give_up_to_a_cut(text)
+        text = ""
+        visible = self._tokenizer.visible(token_ids)
+        for is_byte, run in itertools.groupby(visible, self._tokenizer.is_byte):
+            push = self._push_bytes if is_byte else self._push_whole
+            text += push(list(run))
+        return text
 
     def flush(self) -> str:
         """The rest, unfinished or not; the generation has ended."""
-        return self._give(len(self._held), self._decode(self._held)) if self._held else ""
+        return self._end_bytes() + self._end_window()
 
-    def _decode(self, held: list[int]) -> str:
-        """Text that `held` adds to what was given out."""
-        return self._tokenizer.decode(self._given + held)[len(self._given_text) :]
+    def _push_bytes(self, token_ids: list[int]) -> str:
+        text = self._end_window()
+        self._slide(token_ids, num_unfinished=0)
+        return text + _shown(self._bytes.decode(self._tokenizer.bytes_of(token_ids)))
 
-    def _give(self, num_tokens: int, text: str) -> str:
-        if text:  # tokens without text could not tell the next ones that they do not come first
-            self._given, self._held = self._held[:num_tokens], self._held[num_tokens:]
-            self._given_text = self._tokenizer.decode(self._given)
-        return text
+    def _push_whole(self, token_ids: list[int]) -> str:
+        """Text of tokens that are no bytes."""
+        tokens = self._window + token_ids
+        text = self._tokenizer.decode(tokens)
+        num_unfinished = int(text.endswith(_REPLACEMENT))
+        given = text[self._num_given : len(text) - num_unfinished]
+        self._slide(tokens, num_unfinished)
+        return self._end_bytes() + given
 
-    def _give_up_to_a_cut(self, text: str) -> str:
-        """Bytes that will never be text: gives out the part that no later token can change.
+    def _slide(self, tokens: list[int], num_unfinished: int) -> None:
+        self._window = tokens[-_WINDOW:]
+        self._num_given = len(self._tokenizer.decode(self._window)) - num_unfinished
 
-        A place between tokens is a cut when both sides decode apart to what they are together.
-        """
-        for num_tokens in range(len(self._held) - 1, 0, -1):
-            head = self._decode(self._held[:num_tokens])
-            if head + self._tokenizer.decode(self._held[num_tokens:]) == text:
-                return self._give(num_tokens, head)
-        return ""
+    def _end_bytes(self) -> str:
+        return _shown(self._bytes.decode(b"", final=True))
+
+    def _end_window(self) -> str:
+        rest = self._tokenizer.decode(self._window)[self._num_given :]
+        self._num_given += len(rest)
+        return rest
+
+
+def _shown(text: str) -> str:
+    return _NO_CHARACTER.sub(_REPLACEMENT, text)
