@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from chiasm import errors
-from chiasm.client import AsyncClient, Client, Finished, codec
+from chiasm.client import AsyncClient, Client, Finished, OneOf, Sampling, codec
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
 WAIT_S = 10.0
@@ -115,6 +115,13 @@ def test_a_finish_reason_of_a_newer_server_is_an_end() -> None:
     event = codec.event(finished)
     assert isinstance(event, Finished)
     assert event.reason == "other"
+
+
+def test_a_bare_string_is_one_string() -> None:
+    options = codec.Options(sampling=Sampling(stop="END", response_format=OneOf("yes")))
+    sent = codec.generate_request("x", options, request_id="").sampling
+    assert list(sent.stop) == ["END"]
+    assert list(sent.response_format.choice.texts) == ["yes"]
 
 
 async def test_a_closed_client_says_so() -> None:

@@ -140,7 +140,7 @@ def _sampling(sampling: Sampling) -> inference_pb2.SamplingParams:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=biases,
-        stop=[_utf8(f"sampling.stop[{i}]", stop) for i, stop in enumerate(sampling.stop)],
+        stop=_texts("sampling.stop", sampling.stop),
         include_stop_str_in_output=sampling.include_stop_str_in_output,
         min_tokens=_integer("sampling.min_tokens", sampling.min_tokens),
         logprobs=_optional("sampling.logprobs", sampling.logprobs),
@@ -162,9 +162,15 @@ def _response_format(form: ResponseFormat | None) -> inference_pb2.ResponseForma
         case Regex(pattern=pattern):
             return inference_pb2.ResponseFormat(regex=_utf8(f"{path}.regex", pattern))
         case OneOf(texts=texts):
-            valid = [_utf8(f"{path}.choice.texts[{i}]", text) for i, text in enumerate(texts)]
+            valid = _texts(f"{path}.choice.texts", texts)
             return inference_pb2.ResponseFormat(choice=inference_pb2.Choices(texts=valid))
     return None
+
+
+def _texts(field: str, values: str | Sequence[str]) -> list[str]:
+    """Texts, or a single one, which is no sequence of characters."""
+    texts = [values] if isinstance(values, str) else values
+    return [_utf8(f"{field}[{i}]", text) for i, text in enumerate(texts)]
 
 
 def _utf8(field: str, value: str) -> str:

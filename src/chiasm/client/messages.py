@@ -74,9 +74,9 @@ class Regex:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """One of these texts."""
+    """One of these texts; a single one may come bare."""
 
-    texts: Sequence[str]
+    texts: str | Sequence[str]
 
 
 ResponseFormat = JsonSchema | JsonObject | Regex | OneOf
@@ -85,7 +85,10 @@ ResponseFormat = JsonSchema | JsonObject | Regex | OneOf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Sampling and stopping, as SamplingParams of inference.proto; None leaves the default."""
+    """Sampling and stopping, as SamplingParams of inference.proto; None leaves the default.
+
+    stop: stop strings; a single one may come bare.
+    """
 
     max_tokens: int = 0
     temperature: float | None = None
@@ -99,7 +102,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
