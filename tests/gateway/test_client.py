@@ -133,3 +133,20 @@ async def test_a_closed_client_says_so() -> None:
                 async with asyncio.timeout(WAIT_S):
                     with pytest.raises(errors.FailedPrecondition, match="closed"):
                         await call()
+
+
+def test_so_does_a_closed_blocking_client() -> None:
+    client = Client("127.0.0.1:1")
+    started = client.generate("hello")
+    client.close()
+    calls = (
+        client.get_model,
+        client.wait_ready,
+        lambda: client.complete("hello"),
+        lambda: client.count_tokens("hello"),
+        lambda: next(client.generate("hello")),
+        lambda: next(started),
+    )
+    for call in calls:
+        with pytest.raises(errors.FailedPrecondition, match="closed"):
+            call()

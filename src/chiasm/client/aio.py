@@ -10,7 +10,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry import trace
 
-from chiasm import errors
 from chiasm.client import calls, codec, events
 from chiasm.client.assembly import Assembler
 from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
@@ -58,10 +57,6 @@ class AsyncClient:
         self._is_closed = True
         await self._channel.close(None)
 
-    def _check_open(self) -> None:
-        if self._is_closed:  # grpc would wait for ever, or abort the process
-            raise errors.FailedPrecondition("the client is closed")
-
     async def generate(
         self,
         prompt: Prompt,
@@ -89,7 +84,7 @@ class AsyncClient:
             model=model,
         )
         request_id = calls.new_request_id(request_id)
-        self._check_open()
+        calls.check_open(self._is_closed)
         request = codec.generate_request(prompt, options, request_id=request_id)
         span = calls.start_span(prompt, options)
         with calls.ending(span), calls.rpc_errors():
@@ -147,7 +142,7 @@ class AsyncClient:
     ) -> events.Usage:
         """Prompt tokens by modality that `generate` would use."""
         request = codec.count_request(prompt, enable_thinking=enable_thinking, model=model)
-        self._check_open()
+        calls.check_open(self._is_closed)
         with calls.rpc_errors():
             answer = await self._stub.CountTokens(
                 request,
@@ -158,7 +153,7 @@ class AsyncClient:
 
     async def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
         """The served model and the gateway's limits."""
-        self._check_open()
+        calls.check_open(self._is_closed)
         with calls.rpc_errors():
             answer = await self._stub.GetModel(
                 inference_pb2.GetModelRequest(), timeout=timeout_s, metadata=self._credentials
@@ -170,7 +165,7 @@ class AsyncClient:
 
         Raises Unavailable if that takes too long, Unauthenticated for a key that is not known.
         """
-        self._check_open()
+        calls.check_open(self._is_closed)
         health = health_pb2_grpc.HealthStub(self._channel)
         request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
         polls = calls.Polls(timeout_s, self._endpoint)

@@ -58,6 +58,13 @@ def credentials(api_key: str) -> traces.Metadata:
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
+def check_open(is_closed: bool) -> None:
+    """Raises FailedPrecondition for a closed client: grpc would wait for ever, abort the process or
+    raise a ValueError."""
+    if is_closed:
+        raise errors.FailedPrecondition("the client is closed")
+
+
 @contextlib.contextmanager
 def rpc_errors() -> Iterator[None]:
     """Failed calls leave as chiasm.errors, those that `close` ends too."""

@@ -39,6 +39,7 @@ class Client:
             endpoint, max_message_bytes=calls.MAX_MESSAGE_BYTES, files=tls
         )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._is_closed = False
 
     def __enter__(self) -> Client:
         return self
@@ -52,7 +53,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends all calls and the connection."""
+        """Ends all calls and the connection; later calls raise FailedPrecondition."""
+        self._is_closed = True
         self._channel.close()
 
     def generate(
@@ -92,6 +94,7 @@ class Client:
         request: inference_pb2.GenerateRequest,
         timeout_s: float,
     ) -> Iterator[events.Event]:
+        calls.check_open(self._is_closed)
         span = calls.start_span(prompt, options)
         with calls.ending(span), calls.rpc_errors():
             with trace.use_span(span):
@@ -143,6 +146,7 @@ class Client:
     ) -> events.Usage:
         """Prompt tokens by modality that `generate` would use."""
         request = codec.count_request(prompt, enable_thinking=enable_thinking, model=model)
+        calls.check_open(self._is_closed)
         with calls.rpc_errors():
             answer = self._stub.CountTokens(
                 request,
@@ -153,6 +157,7 @@ class Client:
 
     def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
         """The served model and the gateway's limits."""
+        calls.check_open(self._is_closed)
         with calls.rpc_errors():
             answer = self._stub.GetModel(
                 inference_pb2.GetModelRequest(), timeout=timeout_s, metadata=self._credentials
@@ -164,6 +169,7 @@ class Client:
 
         Raises Unavailable if that takes too long, Unauthenticated for a key that is not known.
         """
+        calls.check_open(self._is_closed)
         health = health_pb2_grpc.HealthStub(self._channel)
         request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
         polls = calls.Polls(timeout_s, self._endpoint)
