@@ -102,10 +102,10 @@ class Decoders:
                 if len(generated) - num_before >= PROGRESS:
                     resumes_left = MAX_RESUMES
                 if has_output and not generated:
-                    raise self._lost(error) from None  # what concerns the prompt is sent once
+                    raise self._final(error) from None  # what concerns the prompt is sent once
                 if has_gone_on or isinstance(error, _BrokenOff):
                     if not resumes_left:
-                        raise self._lost(error) from None
+                        raise self._final(error) from None
                     resumes_left -= 1
                 log.warning(
                     "decoder_away",
@@ -140,6 +140,13 @@ class Decoders:
         chosen = min(known or decoders, key=lambda decoder: self._in_flight[decoder.address])
         home.address = chosen.address
         return chosen
+
+    def _final(self, error: errors.ChiasmError) -> errors.ChiasmError:
+        """How an answer ends that no other decoder goes on with: as its own says, if it does."""
+        if error.reason == errors.Unavailable.default_reason:
+            return self._lost(error)
+        error.retry_after_s = error.retry_after_s or self._retry_after_s
+        return error
 
     def _lost(self, error: errors.ChiasmError) -> errors.Unavailable:
         return errors.Unavailable(

@@ -70,17 +70,38 @@ async def test_an_answer_outlives_its_decoder(
     assert second.token_types == first.token_types
 
 
+ENDINGS = pytest.mark.parametrize(
+    ("ending", "reason", "retry_after_s"),
+    [
+        (errors.Unavailable("gone"), "DECODER_LOST", 1.0),
+        (
+            errors.Unavailable("x", reason="EXPERT_POOL_UNAVAILABLE", retry_after_s=5.0),
+            "EXPERT_POOL_UNAVAILABLE",
+            5.0,
+        ),
+        (errors.ResourceExhausted("full", retry_after_s=2.0), "RESOURCE_EXHAUSTED", 2.0),
+    ],
+)
+"""How the last decoder ends, and what the client hears of it."""
+
+
+@ENDINGS
 async def test_a_request_does_not_go_through_all_decoders(
-    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+    ending: errors.ChiasmError,
+    reason: str,
+    retry_after_s: float,
+    stack: Stack,
+    decoder: FakeDecoder,
+    client: AsyncClient,
 ) -> None:
     async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
         yield tokens_event(5)
-        raise errors.Unavailable("gone")
+        raise ending
 
     decoder.scripts.extend([script] * 9)
-    with pytest.raises(errors.Unavailable) as caught:
+    with pytest.raises(errors.ChiasmError) as caught:
         await client.complete("x")
-    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 1.0)
+    assert (caught.value.reason, caught.value.retry_after_s) == (reason, retry_after_s)
     assert len(decoder.requests) == 1 + MAX_RESUMES
 
 
@@ -164,8 +185,14 @@ async def test_two_decoders_wait_for_an_expert_pool_and_no_more(
     assert sum(len(decoder.requests) for decoder in decoders) == 2
 
 
+@ENDINGS
 async def test_decoder_lost_amid_the_prompts_logits(
-    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+    ending: errors.ChiasmError,
+    reason: str,
+    retry_after_s: float,
+    stack: Stack,
+    decoder: FakeDecoder,
+    client: AsyncClient,
 ) -> None:
     """Some of them have been sent: there is no going on, and none to be sent twice."""
 
@@ -175,13 +202,13 @@ async def test_decoder_lost_amid_the_prompts_logits(
         )
         chunk = tensor_pb2.TensorChunk(total_rows=9, rows=rows)
         yield decoder_pb2.DecodeEvent(prompt_logits=chunk)
-        raise errors.Unavailable("gone")
+        raise ending
 
     decoder.scripts.append(script)
-    with pytest.raises(errors.Unavailable) as caught:
+    with pytest.raises(errors.ChiasmError) as caught:
         async for _ in client.generate("x"):
             pass
-    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 1.0)
+    assert (caught.value.reason, caught.value.retry_after_s) == (reason, retry_after_s)
 
 
 async def test_embeddings_evicted_while_an_answer_resumes(
