@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from chiasm import errors
 from chiasm.services.gateway import grammars
 from chiasm.services.gateway.domain import Grammar, Sampling
@@ -18,8 +20,8 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
-MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
-"""Beyond these a logit can leave the range of float32."""
+MIN_REPETITION, MAX_REPETITION = float(np.float32(0.01)), 100.0
+"""Beyond these a logit can leave the range of float32, in which they come: 0.01 is less there."""
 
 _PATH = "sampling"
 

@@ -30,6 +30,14 @@ def refusal(**values: object) -> errors.InvalidArgument:
     return caught.value
 
 
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_ends_of_what_a_repetition_penalty_may_be(penalty: float) -> None:
+    """On the wire it is a float32, and 0.01 rounds down."""
+    wire = pb.SamplingParams(repetition_penalty=penalty)
+    valid = sampling.sampling(wire, vocab_size=100, max_context_tokens=100)
+    assert valid.repetition_penalty == wire.repetition_penalty
+
+
 def test_stop_tokens() -> None:
     """Each of them is wrong too, which would take a look at them."""
     error = refusal(stop_token_ids=[1000] * MANY)
