@@ -7,7 +7,7 @@ import time
 from chiasm import errors
 from chiasm.model.tokenizer import IncrementalDecoder, Tokenizer
 from chiasm.services.gateway.domain import Sampling
-from chiasm.services.gateway.stops import StopStrings
+from chiasm.services.gateway.stops import Passed, StopStrings
 from chiasm.v1 import decoder_pb2, inference_pb2
 
 _STOP = inference_pb2.FINISH_REASON_STOP
@@ -83,9 +83,13 @@ class Answer:
                 delta.reasoning_text += self._thought.push([token_id])
             return None
         text = "" if token_id in self._silent else self._text.push([token_id])
-        passed = self._stops.push(text, is_exempt=self.num_tokens <= self._sampling.min_tokens)
+        passed = self._pass(text)
         delta.text += passed.text
         return passed.stop
+
+    def _pass(self, text: str) -> Passed:
+        """What may be shown of the answer's next text."""
+        return self._stops.push(text, is_exempt=self.num_tokens <= self._sampling.min_tokens)
 
     def _finished(
         self, finished: decoder_pb2.DecodeFinished
@@ -94,7 +98,7 @@ class Answer:
             raise errors.Internal(f"the decoder sent finish reason {finished.reason}")
         self.timings.CopyFrom(finished.timings)
         delta = inference_pb2.Delta(index=self._index, reasoning_text=self._thought.flush())
-        passed = self._stops.push(self._text.flush())
+        passed = self._pass(self._text.flush())
         delta.text = passed.text
         if passed.stop is not None:
             last = self._end(_STOP, stop=passed.stop)

@@ -90,6 +90,16 @@ async def test_min_tokens_exempts_stop_strings(
     assert decoder.requests[0].sampling.min_tokens == first
 
 
+async def test_min_tokens_exempts_the_last_text_too(
+    stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    """What is held back as an unfinished character comes with no token of its own."""
+    decoder.token_ids = stack.tokenizer.encode("🙂")[:2]
+    sampling = Sampling(stop=["\N{REPLACEMENT CHARACTER}"], min_tokens=2)
+    result = await client.complete("x", sampling=sampling)
+    assert (result.text, result.choices[0].stop) == ("\N{REPLACEMENT CHARACTER}", None)
+
+
 async def test_stop_token_is_named_and_shown_on_demand(
     stack: Stack, decoder: FakeDecoder, client: AsyncClient
 ) -> None:
