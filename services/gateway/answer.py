@@ -28,6 +28,8 @@ class Answer:
         self._index, self._sampling = index, sampling
         self._text, self._thought = IncrementalDecoder(tokenizer), IncrementalDecoder(tokenizer)
         self._thought_end = thought_end
+        # The blank lines between thought and answer are neither; a form may ask for its own.
+        self._is_before_answer = thought_end is not None and sampling.grammar is None
         self._stops = StopStrings(sampling.stop, include=sampling.include_stop)
         # Stop tokens of the request count and are listed, but are no text, as in vLLM.
         self._silent = frozenset(() if sampling.include_stop else sampling.stop_token_ids)
@@ -89,6 +91,9 @@ class Answer:
 
     def _pass(self, text: str) -> Passed:
         """What may be shown of the answer's next text."""
+        if self._is_before_answer:
+            text = text.lstrip("\n")
+            self._is_before_answer = not text
         return self._stops.push(text, is_exempt=self.num_tokens <= self._sampling.min_tokens)
 
     def _finished(

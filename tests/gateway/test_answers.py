@@ -131,6 +131,23 @@ async def test_thought_is_kept_apart(
     assert decoder.requests[0].sampling.thinking_budget == 9
 
 
+@pytest.mark.parametrize("blank", ["\n", "\n\n", "\n" * 5])
+async def test_blank_lines_after_a_thought_are_not_the_answers(
+    blank: str, stack: Stack, decoder: FakeDecoder, client: AsyncClient
+) -> None:
+    end = stack.tokenizer.token_id("</think>")
+    assert end is not None
+    answer = stack.tokenizer.encode(f"{blank}one\n\ntwo")
+    decoder.token_ids = [*stack.tokenizer.encode("hm"), end, *answer]
+    result = await client.complete("x", enable_thinking=True)
+    assert (result.reasoning_text, result.text) == ("hm", "one\n\ntwo")
+    stopped = await client.complete("x", sampling=Sampling(stop="\n\n"), enable_thinking=True)
+    assert stopped.text == "one"
+    formed = Sampling(response_format=Regex(r"\n+one\n\ntwo"))
+    result = await client.complete("x", sampling=formed, enable_thinking=True)
+    assert result.text == f"{blank}one\n\ntwo"
+
+
 async def test_a_stop_token_within_a_thought_is_no_text(
     stack: Stack, decoder: FakeDecoder, client: AsyncClient
 ) -> None:
