@@ -76,6 +76,10 @@ CHATS = [
         f"{B}User: Hi\nAssistant: Hello.{E}User: Bye{NO_THOUGHT}",
     ),
     (
+        [say("user", "Hi"), say("assistant", "Say hello.</think>Hello."), say("user", "Bye")],
+        f"{B}User: Hi\nAssistant: <think>\nSay hello.\n</think>\nHello.{E}User: Bye{NO_THOUGHT}",
+    ),
+    (
         [say("user", "Hi"), say("assistant", "The picture ", "shows")],
         f"{B}User: Hi\nAssistant: The picture shows",
     ),
@@ -98,6 +102,26 @@ def test_thinking_leaves_the_thought_open(tokenizer, config, reference):
     pieces = render_chat([say("user", "Why?")], tokenizer, config, enable_thinking=True)
     rendered = f"{B}User: Why?\nAssistant: <think>"
     assert ids_of(pieces, config) == reference.tokenizer(rendered)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("<think>a</think>b</think>c", ("<think>", "\na\n", "</think>", "\nb</think>c")),
+        ("<think>a<think>b</think>c", ("<think>", "\na<think>b\n", "</think>", "\nc")),
+        ("Write <think>a</think> here", ()),
+        ("no <think> end", ()),
+    ],
+)
+def test_nothing_of_an_answer_is_lost(text, rendered, tokenizer, config):
+    """Where the template would drop some of it. Tags beyond the first two are ordinary text."""
+    messages = [say("user", "Hi"), say("assistant", text), say("user", "Bye")]
+    ids = ids_of(render_chat(messages, tokenizer, config), config)
+    begin = "User: Hi\nAssistant: "
+    expected = []
+    for i, part in enumerate((begin, *rendered) if rendered else (begin + text,)):
+        expected += [tokenizer.token_id(part)] if i % 2 else tokenizer.encode(part)
+    assert ids[1 : len(expected) + 2] == [*expected, tokenizer.token_id(E)]
 
 
 def test_borders_of_the_template_are_merged_over(tokenizer, config):

@@ -177,9 +177,8 @@ def _answer(message: ChatMessage, *, is_open: bool) -> Iterator[_Element]:
     """
     text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
     yield "\nAssistant: "
-    if _THINK_END in text:
-        thought = text.split(_THINK_END)[0].rstrip("\n").split(_THINK)[-1].strip("\n")
-        text = text.split(_THINK_END)[-1].lstrip("\n")
+    if (split := _thought(text)) is not None:
+        thought, text = split
         if thought:
             yield _Control(_THINK)
             yield f"\n{thought}\n"
@@ -189,6 +188,21 @@ def _answer(message: ChatMessage, *, is_open: bool) -> Iterator[_Element]:
         yield _Control(_THINK)
         text = text.removeprefix(_THINK)
     yield text
+
+
+def _thought(text: str) -> tuple[str, str] | None:
+    """The thought that a text begins with and the text behind it; None where it has none.
+
+    As in the template a thought ends at </think> and need not begin with <think>, which may have
+    been the prompt's. Where the template drops text, nothing is dropped here: it is part of the
+    thought between further <think>, of the answer between further </think>, and text in front of
+    the first <think> means that there is no thought.
+    """
+    before, end, after = text.partition(_THINK_END)
+    before = before.strip("\n")
+    if not end or (_THINK in before and not before.startswith(_THINK)):
+        return None
+    return before.removeprefix(_THINK).strip("\n"), after.lstrip("\n")
 
 
 def _tokenise(elements: Iterator[_Element], tokenizer: Tokenizer) -> tuple[Piece, ...]:
