@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import random
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,15 @@ def test_declared_size_is_refused_before_decoding(png, processing):
         with pytest.raises(InvalidArgument, match=r"100 x 50 .* 4999") as error:
             refuse(data[:64], max_pixels=4999)
         assert error.value.field == "image"
+
+
+@pytest.mark.parametrize(("width", "height"), [(10_000, 9_500), (30_000, 20_000)])
+def test_no_other_bound_than_the_one_given(width: int, height: int) -> None:
+    """Pillow has one of its own, beyond which it warns or refuses."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(header))
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + b"\0\0\0\0IDAT"
+    assert probe_image(data, max_pixels=width * height) == (width, height)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

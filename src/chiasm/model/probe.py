@@ -34,6 +34,9 @@ _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 # Codecs whose size MP4 leaves to the decoder; none has frames above 8191 x 8191.
 _SIZED_BY_DECODERS = "mpeg4,h263,h261"
 
+# Pillow's own bound would warn of images that check_size lets pass, and refuse some of them.
+Image.MAX_IMAGE_PIXELS = None
+
 
 Source = bytes | BinaryIO
 """A media file: its bytes, or an open file, which is read from its beginning and left open."""
@@ -97,8 +100,10 @@ def open_image(source: Source, *, max_pixels: int) -> Image.Image:
     """
     try:
         image = Image.open(_opened(source), formats=_IMAGE_FORMATS)
-    except Exception as error:  # on damaged headers Pillow raises almost anything
-        raise _not_an_image(error) from None
+    except Exception:  # on damaged headers Pillow raises almost anything
+        raise InvalidArgument(
+            "image", f"is not a readable {', '.join(_IMAGE_FORMATS)} file"
+        ) from None
     check_size("image", image.width, image.height, max_pixels)
     return image
 
@@ -169,9 +174,3 @@ def _opened(source: Source) -> BinaryIO:
         return io.BytesIO(source)
     source.seek(0)
     return source
-
-
-def _not_an_image(error: Exception) -> InvalidArgument:
-    if isinstance(error, Image.DecompressionBombError):
-        return InvalidArgument("image", str(error))
-    return InvalidArgument("image", f"is not a readable {', '.join(_IMAGE_FORMATS)} file")
