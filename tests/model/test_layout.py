@@ -247,9 +247,6 @@ def test_readings_are_weighed_over_the_whole_prompt(config):
 @pytest.mark.parametrize(
     ("ids", "images", "videos"),
     [
-        ([], 0, 0),
-        ([20, 600], 0, 0),
-        ([20, -1], 0, 0),
         ([20], 1, 0),
         ([20], 0, 1),
         (["image"], 0, 0),

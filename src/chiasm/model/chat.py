@@ -16,12 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from chiasm.errors import InvalidArgument
 from chiasm.model.config import ModelConfig
 from chiasm.model.tokenizer import Tokenizer
 from chiasm.types import MediaKind
 
-_ROLES = ("system", "user", "assistant")
 _BEGIN, _END = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 _THINK, _THINK_END = "<think>", "</think>"
 _MEDIA_NAME = {MediaKind.IMAGE: "Picture", MediaKind.VIDEO: "Video"}
@@ -92,38 +90,10 @@ def render_chat(
 ) -> tuple[Piece, ...]:
     """Pieces of the prompt, ready to be laid out.
 
-    A last message of the assistant is left open, to be continued after its text. Raises
-    InvalidArgument with a field below `chat.messages`.
+    `messages` keep the rules of Chat in inference.proto. A last message of the assistant is left
+    open, to be continued after its text.
     """
-    _check(messages)
     return _tokenise(_elements(messages, config, enable_thinking), tokenizer)
-
-
-def _check(messages: Sequence[ChatMessage]) -> None:
-    if not messages:
-        raise InvalidArgument("chat.messages", "is empty")
-    for i, message in enumerate(messages):
-        path = f"chat.messages[{i}]"
-        if message.role not in _ROLES:
-            raise InvalidArgument(
-                f"{path}.role", f"must be one of {', '.join(_ROLES)}, not {message.role[:64]!r}"
-            )
-        if message.role == "system" and i:
-            raise InvalidArgument(f"{path}.role", "a system message may only come first")
-        if not message.parts:
-            raise InvalidArgument(f"{path}.parts", "is empty")
-        for j, part in enumerate(message.parts):
-            if isinstance(part, TextPart) and not part.text:
-                raise InvalidArgument(f"{path}.parts[{j}].text", "is empty")
-            if isinstance(part, MediaPart) and message.role == "assistant":
-                raise InvalidArgument(
-                    f"{path}.parts[{j}].{part.kind}", "an assistant message holds only text"
-                )
-    if messages[-1].role == "system":
-        raise InvalidArgument(
-            f"chat.messages[{len(messages) - 1}].role",
-            "the last message must be from the user, or from the assistant to be continued",
-        )
 
 
 def _elements(

@@ -93,10 +93,8 @@ def lay_out_tokens(
     VIDEO_START..VIDEO_END the image placeholder stands for a video, as in the original processor;
     laid out, a video has the checkpoint's own video placeholder.
 
-    Raises InvalidArgument("tokens.token_ids") for an empty prompt, an id outside the vocabulary,
-    and placeholders that do not match the media.
+    Raises InvalidArgument("tokens.token_ids") for placeholders that do not match the media.
     """
-    _check_ids(token_ids, config.text.vocab_size)
     runs = list(_runs(token_ids, config.tokens))
     waiting = {
         MediaKind.IMAGE: iter(enumerate(image_grids)),
@@ -154,17 +152,6 @@ class _Run(NamedTuple):
     kind: MediaKind
     start: int
     length: int
-
-
-def _check_ids(token_ids: Sequence[int], vocab_size: int) -> None:
-    if not token_ids:
-        raise InvalidArgument(_FIELD, "is empty")
-    for position, token_id in enumerate(token_ids):
-        if not 0 <= token_id < vocab_size:
-            raise InvalidArgument(
-                _FIELD,
-                f"{token_id} at position {position} lies outside the vocabulary of {vocab_size}",
-            )
 
 
 def _runs(token_ids: Sequence[int], tokens: TokenIds) -> Iterator[_Run]:
