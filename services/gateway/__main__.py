@@ -10,12 +10,13 @@ from chiasm.membership import Role
 from chiasm.model.config import ModelConfig
 from chiasm.model.tokenizer import Tokenizer
 from chiasm.services.gateway import engine, utf8
-from chiasm.services.gateway.admission import AdmissionInterceptor
-from chiasm.services.gateway.auth import ApiKeyInterceptor, ApiKeys
+from chiasm.services.gateway.admission import AdmissionGuard
+from chiasm.services.gateway.auth import ApiKeyGuard, ApiKeys
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.config import GatewaySettings
 from chiasm.services.gateway.servicer import InferenceServicer
 from chiasm.transport import service
+from chiasm.transport.interceptors import Guards
 from chiasm.v1 import inference_pb2
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
@@ -60,12 +61,14 @@ def serve(settings: GatewaySettings) -> int:
         max_message_bytes=settings.max_request_bytes,
         build=partial(build, settings),
         interceptors=[
-            *(ApiKeyInterceptor(k, keyless=settings.keyless) for k in keys),
-            AdmissionInterceptor(
-                SERVICE.full_name,
-                max_in_flight=settings.max_in_flight,
-                retry_after_s=settings.retry_after_s,
-            ),
+            Guards(
+                *(ApiKeyGuard(k, keyless=settings.keyless) for k in keys),
+                AdmissionGuard(
+                    SERVICE.full_name,
+                    max_in_flight=settings.max_in_flight,
+                    retry_after_s=settings.retry_after_s,
+                ),
+            )
         ],
     )
 

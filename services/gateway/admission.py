@@ -12,7 +12,6 @@ import asyncio
 import grpc
 
 from chiasm import errors
-from chiasm.transport.interceptors import Guard
 
 SPARE = 16
 """Calls above `max_in_flight` whose messages are read: those that ask for the model, and those that
@@ -24,7 +23,7 @@ def full(problem: str, retry_after_s: float) -> errors.ResourceExhausted:
     return errors.ResourceExhausted(problem, reason="GATEWAY_FULL", retry_after_s=retry_after_s)
 
 
-class AdmissionInterceptor(Guard):
+class AdmissionGuard:
     """Bounds the calls of one service, `service` by its full name, from their headers to their end.
 
     Health and reflection are not counted.

@@ -16,7 +16,6 @@ import grpc
 import structlog
 
 from chiasm import errors
-from chiasm.transport.interceptors import Guard
 from chiasm.transport.stamps import stamp
 
 HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."
@@ -63,7 +62,7 @@ class ApiKeys:
         log.info("api_keys_read", num_keys=len(self._digests))
 
 
-class ApiKeyInterceptor(Guard):
+class ApiKeyGuard:
     """Refuses calls without a key that `keys` holds, before anything of them is read.
 
     A call brings its key as the metadata `authorization: Bearer KEY`. keyless: a word of KEYLESS.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,9 +12,9 @@ import grpc
 import pytest
 
 from chiasm import errors
-from chiasm.services.gateway.admission import SPARE, AdmissionInterceptor
+from chiasm.services.gateway.admission import SPARE, AdmissionGuard
 from chiasm.transport import status
-from chiasm.transport.interceptors import CallInterceptor
+from chiasm.transport.interceptors import CallInterceptor, Guard, Guards
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = "chiasm.v1.Inference"
@@ -27,16 +28,21 @@ class Servicer(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.GetModelResponse(name="m")
 
 
-@pytest.fixture
-async def channel() -> AsyncIterator[grpc.aio.Channel]:
-    admission = AdmissionInterceptor(SERVICE, max_in_flight=2, retry_after_s=3.0)
-    server = grpc.aio.server(interceptors=[CallInterceptor(), admission])
+@contextlib.asynccontextmanager
+async def serving(*guards: Guard) -> AsyncIterator[grpc.aio.Channel]:
+    server = grpc.aio.server(interceptors=[CallInterceptor(), Guards(*guards)])
     inference_pb2_grpc.add_InferenceServicer_to_server(Servicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
         yield opened
     await server.stop(None)
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[grpc.aio.Channel]:
+    async with serving(AdmissionGuard(SERVICE, max_in_flight=2, retry_after_s=3.0)) as opened:
+        yield opened
 
 
 async def refused(channel: grpc.aio.Channel) -> errors.ChiasmError | None:
@@ -67,3 +73,20 @@ async def test_calls_whose_messages_have_not_come_are_counted(channel: grpc.aio.
     for call in calls:
         call.cancel()
     await until(channel, full=False)
+
+
+async def test_a_guard_does_not_hear_of_what_one_before_it_refuses() -> None:
+    """So that who has no key takes no place."""
+    heard: list[str] = []
+
+    class Refusing:
+        def check(self, details: grpc.HandlerCallDetails) -> None:
+            raise errors.Unauthenticated("no")
+
+    class Hearing:
+        def check(self, details: grpc.HandlerCallDetails) -> None:
+            heard.append(details.method)
+
+    async with serving(Hearing(), Refusing(), Hearing()) as channel:
+        assert isinstance(await refused(channel), errors.Unauthenticated)
+    assert heard == [f"/{SERVICE}/GetModel"]

@@ -20,8 +20,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Client
-from chiasm.services.gateway.auth import ApiKeyInterceptor, ApiKeys
+from chiasm.services.gateway.auth import ApiKeyGuard, ApiKeys
 from chiasm.transport import status
+from chiasm.transport.interceptors import Guards
 from chiasm.transport.server import Server
 from chiasm.types import TlsFiles
 
@@ -64,7 +65,7 @@ class Echo(grpc.GenericRpcHandler):  # type: ignore[type-arg] # not generic at r
 async def serving(
     keys: Path, keyless: str = "health"
 ) -> AsyncIterator[tuple[grpc.aio.Channel, Echo]]:
-    interceptor = ApiKeyInterceptor(ApiKeys(keys), keyless=keyless)
+    interceptor = Guards(ApiKeyGuard(ApiKeys(keys), keyless=keyless))
     server = Server(services=["echo.Echo"], max_message_bytes=4 << 20, interceptors=[interceptor])
     echo = Echo()
     server.grpc.add_generic_rpc_handlers((echo,))

@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 import structlog
@@ -72,12 +72,22 @@ class CallInterceptor(Interceptor):
         )
 
 
-class Guard(Interceptor):
-    """Refuses calls before anything of them is read. For what comes after CallInterceptor."""
+class Guard(Protocol):
+    """Has a say about calls of which nothing has been read yet."""
 
     def check(self, details: grpc.HandlerCallDetails) -> None:
         """Raises what a call that begins is refused with; runs in the call's own task."""
-        raise NotImplementedError
+
+
+class Guards(Interceptor):
+    """Refuses calls before anything of them is read. For what comes after CallInterceptor.
+
+    What one guard refuses those after it do not hear of. A method that does not exist is no matter
+    of theirs.
+    """
+
+    def __init__(self, *guards: Guard) -> None:
+        self._guards = guards
 
     async def intercept_service(
         self,
@@ -87,7 +97,8 @@ class Guard(Interceptor):
         handler = await continuation(handler_call_details)
         if handler is not None:
             try:
-                self.check(handler_call_details)
+                for guard in self._guards:
+                    guard.check(handler_call_details)
             except errors.ChiasmError as error:
                 return _refusal(handler_call_details.method, error)
         return handler
