@@ -39,7 +39,8 @@ class AdmissionGuard:
             return
         if self._num_calls >= self._limit:
             raise full(f"{self._num_calls} requests are in flight", self._retry_after_s)
-        # The call's own task: it ends with the call, also with one whose message never comes.
+        # The call's own task: it ends with the call, also with one that is given up before its
+        # message has come.
         task = asyncio.current_task()
         assert task is not None
         self._num_calls += 1

@@ -37,7 +37,7 @@ class Context:
 async def ended(handler: Any, *, cancel: bool = False) -> Context:
     """The call's context once it is over."""
     context: Any = Context()
-    task = asyncio.create_task(_wrap_stream(handler, "/test.Test/Stream")(None, context))
+    task = asyncio.create_task(_wrap_stream(handler, "/test.Test/Stream", None)(None, context))
     await asyncio.wait_for(context.is_writing.wait(), WAIT_S)
     if cancel:
         task.cancel()

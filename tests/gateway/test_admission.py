@@ -29,8 +29,11 @@ class Servicer(inference_pb2_grpc.InferenceServicer):
 
 
 @contextlib.asynccontextmanager
-async def serving(*guards: Guard) -> AsyncIterator[grpc.aio.Channel]:
-    server = grpc.aio.server(interceptors=[CallInterceptor(), Guards(*guards)])
+async def serving(
+    *guards: Guard, message_timeout_s: float = WAIT_S
+) -> AsyncIterator[grpc.aio.Channel]:
+    calls = CallInterceptor(message_timeout_s=message_timeout_s)
+    server = grpc.aio.server(interceptors=[calls, Guards(*guards)])
     inference_pb2_grpc.add_InferenceServicer_to_server(Servicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -73,6 +76,25 @@ async def test_calls_whose_messages_have_not_come_are_counted(channel: grpc.aio.
     for call in calls:
         call.cancel()
     await until(channel, full=False)
+
+
+async def test_a_message_that_never_comes_gives_its_place_back() -> None:
+    guard = AdmissionGuard(SERVICE, max_in_flight=2, retry_after_s=3.0)
+    async with serving(guard, message_timeout_s=0.2) as channel:
+        for method, kind in (("Generate", "stream_stream"), ("GetModel", "stream_unary")):
+            calls = [getattr(channel, kind)(f"/{SERVICE}/{method}")() for _ in range(2 + SPARE)]
+            async with asyncio.timeout(WAIT_S):
+                codes = {await call.code() for call in calls}
+            late, full = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert late in codes
+            assert codes <= {late, full}
+        await until(channel, full=False)
+
+
+async def test_a_call_without_a_message(channel: grpc.aio.Channel) -> None:
+    call = channel.stream_unary(f"/{SERVICE}/GetModel")()
+    await call.done_writing()
+    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_guard_does_not_hear_of_what_one_before_it_refuses() -> None:

@@ -18,6 +18,9 @@ from chiasm.telemetry import metrics, traces
 from chiasm.transport import status
 
 REQUEST_ID_KEY = "x-request-id"
+MESSAGE_TIMEOUT_S = 600.0
+"""How long the message of a call may take: it may hold large media, and the line may be slow."""
+
 _QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 log = structlog.get_logger()
 
@@ -39,8 +42,13 @@ class CallInterceptor(Interceptor):
     """Wraps every handler of a server.
 
     Handlers are coroutines (unary answer) or async generators (streamed answer). A ChiasmError
-    becomes its status; any other exception becomes INTERNAL without its text, which is logged.
+    becomes its status; any other exception becomes INTERNAL without its text, which is logged. A
+    call of one message ends with DEADLINE_EXCEEDED if that does not come within
+    `message_timeout_s`.
     """
+
+    def __init__(self, *, message_timeout_s: float = MESSAGE_TIMEOUT_S) -> None:
+        self._message_timeout_s = message_timeout_s
 
     async def intercept_service(
         self,
@@ -51,22 +59,18 @@ class CallInterceptor(Interceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(_QUIET):
             return handler
+        # To grpc all calls have a stream of messages: it would wait for the only one for ever.
+        timeout_s = None if handler.request_streaming else self._message_timeout_s
         if handler.response_streaming:
-            behavior = _wrap_stream(handler.unary_stream or handler.stream_stream, method)
-            factory = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
+            behavior = handler.unary_stream or handler.stream_stream
+            wrapped = _wrap_stream(behavior, method, timeout_s)
+            factory = grpc.stream_stream_rpc_method_handler
         else:
-            behavior = _wrap_unary(handler.unary_unary or handler.stream_unary, method)
-            factory = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
+            behavior = handler.unary_unary or handler.stream_unary
+            wrapped = _wrap_unary(behavior, method, timeout_s)
+            factory = grpc.stream_unary_rpc_method_handler
         return factory(
-            behavior,
+            wrapped,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -148,11 +152,28 @@ class _Call:
         await status.abort(self.context, error)
 
 
-def _wrap_unary(behavior: Any, method: str) -> Any:
-    async def call(request: Any, context: _Context) -> Any:
+async def _received(requests: Any, context: _Context, timeout_s: float | None) -> Any:
+    """What a handler is called with: the call's one message, or all of them where there is no
+    `timeout_s`. Raises DeadlineExceeded, or InvalidArgument where there is no message."""
+    if timeout_s is None:
+        return requests
+    try:
+        async with asyncio.timeout(timeout_s):
+            message = await context.read()
+    except TimeoutError:
+        raise errors.DeadlineExceeded(
+            f"the call's message did not come within {timeout_s:g} s"
+        ) from None
+    if message is grpc.aio.EOF:
+        raise errors.InvalidArgument("", "the call has no message")
+    return message
+
+
+def _wrap_unary(behavior: Any, method: str, timeout_s: float | None) -> Any:
+    async def call(requests: Any, context: _Context) -> Any:
         with _Call(method, context) as scope:
             try:
-                return await behavior(request, context)
+                return await behavior(await _received(requests, context, timeout_s), context)
             except asyncio.CancelledError:
                 scope.outcome = "CANCELLED"
                 raise
@@ -164,21 +185,14 @@ def _wrap_unary(behavior: Any, method: str) -> Any:
     return call
 
 
-def _wrap_stream(behavior: Any, method: str) -> Any:
+def _wrap_stream(behavior: Any, method: str, timeout_s: float | None) -> Any:
     # Not a generator itself: grpc leaves those of cancelled calls to the garbage collector, and
     # what the handler has to clean up would be done later, in another context.
-    async def call(request: Any, context: _Context) -> None:
+    async def call(requests: Any, context: _Context) -> None:
         with _Call(method, context) as scope:
-            answers = behavior(request, context)
             try:
-                async for answer in answers:
-                    try:
-                        await context.write(answer)
-                    except asyncio.CancelledError as cancelled:
-                        # The handler, which waits at its yield, may know why: its own deadline.
-                        with contextlib.suppress(StopAsyncIteration):
-                            await answers.athrow(cancelled)
-                        raise
+                request = await _received(requests, context, timeout_s)
+                await _answer(behavior(request, context), context)
             except asyncio.CancelledError:
                 scope.outcome = "CANCELLED"
                 raise
@@ -186,7 +200,18 @@ def _wrap_stream(behavior: Any, method: str) -> Any:
                 raise
             except Exception as error:
                 await scope.fail(error)
-            finally:
-                await answers.aclose()
 
     return call
+
+
+async def _answer(answers: Any, context: _Context) -> None:
+    """Writes all answers; the handler has cleaned up when this returns."""
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            try:
+                await context.write(answer)
+            except asyncio.CancelledError as cancelled:
+                # The handler, which waits at its yield, may know why: its own deadline.
+                with contextlib.suppress(StopAsyncIteration):
+                    await answers.athrow(cancelled)
+                raise
