@@ -47,8 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             operation=operation, model=self._settings.served_name, deadline=deadline
         ) as observation:
             engine = self._loaded()
-            # An id that came as metadata only is as good, and already stands in the log.
-            request.request_id = request.request_id or interceptors.request_id()
+            request.request_id = request.request_id or self._id_of_metadata()
             generation = engine.validator.generation(request)
             structlog.contextvars.bind_contextvars(request_id=generation.request_id)
             observation.validated(generation)
@@ -109,6 +108,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return Deadline.after(
             self._settings.default_timeout_s if remaining_s is None else remaining_s
         )
+
+    def _id_of_metadata(self) -> str:
+        """The call's id in the log so far, for a request without one; empty if it is not free."""
+        given = interceptors.request_id()
+        return "" if given in self._ids else given
 
     @contextlib.contextmanager
     def _slot(self, call_id: str, prompt: PromptInput) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 
 from chiasm import errors
@@ -16,11 +15,10 @@ from chiasm.services.gateway.domain import (
     TokenIds,
 )
 from chiasm.services.gateway.sampling import check_ids, sampling
+from chiasm.transport.interceptors import REQUEST_ID
 from chiasm.types import MediaKind
 from chiasm.v1 import inference_pb2
 
-_MAX_REQUEST_ID_CHARS = 128
-_REQUEST_ID = re.compile(r"[\x21-\x7e]+")
 _MAX_PARTS = 65_536
 _ROLES = ("system", "user", "assistant")
 
@@ -166,16 +164,12 @@ class Validator:
 
 
 def request_id(value: str) -> str:
-    """The id, or a fresh one for none. It travels as grpc metadata, hence the alphabet."""
+    """The id, or a fresh one for none."""
     if not value:
         return uuid.uuid4().hex
-    if len(value) > _MAX_REQUEST_ID_CHARS:
+    if not REQUEST_ID.fullmatch(value):
         raise errors.InvalidArgument(
-            "request_id", f"has {len(value)} characters, limit {_MAX_REQUEST_ID_CHARS}"
-        )
-    if not _REQUEST_ID.fullmatch(value):
-        raise errors.InvalidArgument(
-            "request_id", "must consist of visible ASCII characters without spaces"
+            "request_id", "must be at most 128 visible ASCII characters, without spaces"
         )
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,9 @@ from chiasm.telemetry import metrics, traces
 from chiasm.transport import status
 
 REQUEST_ID_KEY = "x-request-id"
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""The ids that requests may have; they travel as metadata, hence the alphabet."""
+
 MESSAGE_TIMEOUT_S = 600.0
 """How long the message of a call may take: it may hold large media, and the line may be slow."""
 
@@ -131,7 +135,8 @@ class _Call:
 
     def __enter__(self) -> _Call:
         self.token = otel_context.attach(traces.extract(self.metadata))
-        request_id = self.metadata.get(REQUEST_ID_KEY) or uuid.uuid4().hex
+        given = self.metadata.get(REQUEST_ID_KEY, "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(request_id=request_id)
         return self
 
