@@ -23,6 +23,9 @@ from chiasm.services.gateway.validate import request_id
 from chiasm.transport import interceptors
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
+HANDOVER_TIMEOUT_S = 1.0
+"""How long a request waits for an earlier one with its id to end."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -32,7 +35,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self.engine: Engine | None = None
-        self._ids: set[str] = set()
+        self._calls: dict[str, asyncio.Event] = {}  # by id; set when the call ends
         self._media_bytes = 0
         self._is_draining = False
         self._idle = asyncio.Event()
@@ -51,6 +54,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = engine.validator.generation(request)
             structlog.contextvars.bind_contextvars(request_id=generation.request_id)
             observation.validated(generation)
+            await self._vacant(generation.request_id)
             with self._slot(generation.request_id, generation.prompt):
                 async with _bounded(deadline):
                     responses = engine.generator.run(generation, observation, deadline)
@@ -112,7 +116,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def _id_of_metadata(self) -> str:
         """The call's id in the log so far, for a request without one; empty if it is not free."""
         given = interceptors.request_id()
-        return "" if given in self._ids else given
+        return "" if given in self._calls else given
+
+    async def _vacant(self, call_id: str) -> None:
+        """Waits a moment for another call with the id to end, if there is one.
+
+        A client that has lost its connection may be back before this side has noticed the loss.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANDOVER_TIMEOUT_S):
+                while other := self._calls.get(call_id):
+                    await other.wait()
 
     @contextlib.contextmanager
     def _slot(self, call_id: str, prompt: PromptInput) -> Iterator[None]:
@@ -123,28 +137,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 reason=errors.DRAINING,
                 retry_after_s=self._settings.retry_after_s,
             )
-        if call_id in self._ids:
+        if call_id in self._calls:
             raise errors.AlreadyExists(
                 f"request {call_id} is in flight", reason="REQUEST_IN_FLIGHT", field="request_id"
             )
         num_bytes = sum(source.num_bytes for source in prompt.media)
         self._check_room(num_bytes)
-        self._ids.add(call_id)
+        self._calls[call_id] = asyncio.Event()
         self._media_bytes += num_bytes
         self._idle.clear()
         try:
             yield
         finally:
-            self._ids.discard(call_id)
+            self._calls.pop(call_id).set()
             self._media_bytes -= num_bytes
-            if not self._ids:
+            if not self._calls:
                 self._idle.set()
 
     def _check_room(self, num_bytes: int) -> None:
         """Raises ResourceExhausted when there is none for a call with so many bytes of media."""
         held, limit = self._media_bytes, self._settings.max_held_media_bytes
-        if len(self._ids) >= self._settings.max_in_flight:
-            problem = f"{len(self._ids)} requests are in flight"
+        if len(self._calls) >= self._settings.max_in_flight:
+            problem = f"{len(self._calls)} requests are in flight"
         elif held and num_bytes and held + num_bytes > limit:
             problem = f"{held} bytes of other requests' media are held, limit {limit}"
         else:

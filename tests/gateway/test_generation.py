@@ -26,7 +26,7 @@ from google_crc32c import value as crc32c
 from prometheus_client import REGISTRY
 
 from chiasm import errors
-from chiasm.client import AsyncClient, Delta, Sampling, Started, Tokens, image, user
+from chiasm.client import AsyncClient, Delta, Sampling, Tokens, image, user
 from chiasm.services.gateway import media as media_rules
 from chiasm.types import MediaKind
 from chiasm.v1 import common_pb2, decoder_pb2, tensor_pb2
@@ -228,24 +228,6 @@ async def test_request_id_trace_and_deadline_travel(
     left_s = decoder.time_left_s[0]
     assert left_s is not None
     assert 0 < left_s <= 15
-
-
-async def test_id_in_flight_twice(stack: Stack, decoder: FakeDecoder, client: AsyncClient) -> None:
-    release = asyncio.Event()
-
-    async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
-        yield tokens_event(5)
-        await release.wait()
-        yield finished_event()
-
-    decoder.scripts.append(script)
-    first = client.generate("x", request_id="twin")
-    assert isinstance(await anext(first), Started)
-    with pytest.raises(errors.AlreadyExists):
-        await client.complete("x", request_id="twin")
-    release.set()
-    assert [e async for e in first]
-    assert (await client.complete("x", request_id="twin")).finish_reason == "stop"
 
 
 async def test_too_many_in_flight(tiny_checkpoint: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 from gateway.harness import FakeDecoder, finished_event, tokens_event
 from gateway.test_validation import chat, text
 
+from chiasm import errors
 from chiasm.client import AsyncClient, Started
+from chiasm.services.gateway import servicer
 from chiasm.v1 import decoder_pb2
 
 DecodeEvents = AsyncIterator[decoder_pb2.DecodeEvent]
@@ -62,3 +64,32 @@ async def test_metadata_in_use_are_no_reason_to_refuse(
     assert found != "twin"
     held.release.set()
     assert [e async for e in first]
+
+
+async def test_an_id_in_flight_twice(decoder: FakeDecoder, client: AsyncClient) -> None:
+    held = Held()
+    decoder.scripts.append(held.script)
+    first = client.generate("x", request_id="twin")
+    assert isinstance(await anext(first), Started)
+    with pytest.raises(errors.AlreadyExists) as caught:
+        await client.complete("x", request_id="twin")
+    assert caught.value.reason == "REQUEST_IN_FLIGHT"
+    held.release.set()
+    assert [e async for e in first]
+    assert (await client.complete("x", request_id="twin")).finish_reason == "stop"
+
+
+async def test_an_id_whose_first_call_ends_meanwhile(
+    decoder: FakeDecoder, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a client has lost its connection, and comes back at once."""
+    monkeypatch.setattr(servicer, "HANDOVER_TIMEOUT_S", 15.0)
+    held = Held()
+    decoder.scripts.append(held.script)
+    first = client.generate("x", request_id="twin")
+    assert isinstance(await anext(first), Started)
+    second = asyncio.create_task(client.complete("x", request_id="twin"))
+    await asyncio.wait([second], timeout=0.3)
+    assert not second.done()
+    await first.aclose()  # type: ignore[attr-defined]
+    assert (await second).finish_reason == "stop"
