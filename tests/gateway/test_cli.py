@@ -258,6 +258,9 @@ def test_messages_of_every_spelling(tmp_path: Path, picture: str) -> None:
     assert (parts[8].kind, parts[8].data) == (MediaKind.VIDEO, b"v0")
 
 
+PART = "messages[0].content[0]"
+
+
 @pytest.mark.parametrize(
     ("value", "field"),
     [
@@ -273,6 +276,10 @@ def test_messages_of_every_spelling(tmp_path: Path, picture: str) -> None:
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": "http://h/a"}]}],
             "messages[0].content[0].image_url",
+        ),
+        *(
+            ([{"role": "user", "content": [{"type": "image", "image": url}]}], f"{PART}.image")
+            for url in ("http://[::1/a", "file://[x/a")
         ),
         (
             [{"role": "user", "content": [{"type": "image", "image": "/no/such"}]}],

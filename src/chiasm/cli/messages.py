@@ -141,13 +141,18 @@ def _source(part: dict[str, Any], name: str) -> object:
 
 
 def _media(kind: MediaKind, source: str, path: str) -> Media:
-    scheme = urlsplit(source).scheme.lower() if "://" in source[:16] else ""
     if source[:5].lower() == "data:":
         return image(source) if kind is MediaKind.IMAGE else video(source)
-    if scheme == "file":
-        source = unquote(urlsplit(source).path)
-    elif scheme:
-        raise errors.InvalidArgument(path, f"{scheme}: is not fetched; give a path or a data: URI")
+    if "://" in source[:16]:
+        try:
+            url = urlsplit(source)
+        except ValueError as error:
+            raise errors.InvalidArgument(path, f"is no URL: {error}") from None
+        if url.scheme not in ("file", ""):
+            raise errors.InvalidArgument(
+                path, f"{url.scheme}: is not fetched; give a path or a data: URI"
+            )
+        source = unquote(url.path) if url.scheme else source
     return Media(kind=kind, data=read_file(source, name=path))
 
 
