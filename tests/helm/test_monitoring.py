@@ -152,7 +152,12 @@ FIRING: dict[str, list[dict[str, str]]] = {
         series("chiasm_requests_failed_total", f"0+6{HOUR}", reason="DEADLINE_EXCEEDED"),
     ],
     "ChiasmRequestsRefused": [
-        series("chiasm_requests_failed_total", f"0+60{HOUR}", reason="GATEWAY_FULL")
+        series(
+            "chiasm_rpc_duration_seconds_count",
+            f"0+60{HOUR}",
+            method="/chiasm.v1.Inference/Generate",
+            outcome="ResourceExhausted",
+        )
     ],
     "ChiasmDecodersAreLost": [series("chiasm_request_resumes_total", f"0+1{HOUR}")],
     "ChiasmFirstTokenSlow": [

@@ -77,7 +77,7 @@ QUEUED_DISPATCHES = Gauge(
 
 REQUESTS_ACCEPTED = Counter(
     "chiasm_requests_accepted_total",
-    "Generate calls received; equals finished + failed + in flight at any time.",
+    "Generate calls taken up; equals finished + failed + in flight at any time.",
 )
 REQUESTS_FINISHED = Counter(
     "chiasm_requests_finished_total", "Generate calls that ended well.", ["reason"]
