@@ -80,7 +80,7 @@ def rpc_errors() -> Iterator[None]:
 
 
 def start_span(prompt: Prompt, options: Options) -> Span:
-    """The client span of a generation; the caller ends it with `end_span`."""
+    """The client span of a generation; the caller ends it with `ending`."""
     operation = "text_completion" if isinstance(prompt, Tokens) else "chat"
     span = traces.tracer.start_span(
         f"{operation} {options.model}".strip(),
