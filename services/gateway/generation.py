@@ -223,8 +223,8 @@ def _finished(call: _Call, answers: Sequence[Answer]) -> inference_pb2.GenerateR
     """The last event; records that the call ended well."""
     num_tokens = sum(answer.num_tokens for answer in answers)
     first, laid_out = answers[0], call.laid_out
-    reason = first.reason or inference_pb2.FINISH_REASON_UNSPECIFIED
-    call.observation.finished(_REASONS[reason], num_tokens, num_cached=first.num_cached)
+    assert first.reason is not None  # its stream would have ended in an error
+    call.observation.finished(_REASONS[first.reason], num_tokens, num_cached=first.num_cached)
     timings = inference_pb2.Timings()
     timings.CopyFrom(first.timings)
     timings.layout_ns = laid_out.layout_ns
@@ -232,7 +232,7 @@ def _finished(call: _Call, answers: Sequence[Answer]) -> inference_pb2.GenerateR
     timings.total_ns = call.observation.elapsed_ns()
     return inference_pb2.GenerateResponse(
         finished=inference_pb2.Finished(
-            reason=reason,
+            reason=first.reason,
             usage=usage_message(
                 laid_out.usage, completion_tokens=num_tokens, cached_tokens=first.num_cached
             ),
