@@ -17,8 +17,8 @@ from chiasm.local import StackConfig
 
 LEASE_MS = 1500
 MAX_RUNNING = 8
-GREEDY = Sampling(max_tokens=100, temperature=0, ignore_eos=True)
-SEEDED = Sampling(max_tokens=100, temperature=0.8, seed=7, ignore_eos=True)
+GREEDY = Sampling(max_tokens=60, temperature=0, ignore_eos=True)
+SEEDED = Sampling(max_tokens=60, temperature=0.8, seed=7, ignore_eos=True)
 ENDLESS = Sampling(max_tokens=3000, temperature=0, ignore_eos=True)
 
 TEXT: Prompt = [user("Tell me of the sea, the wind and the rain.")]
@@ -34,11 +34,12 @@ def picture_prompt(seed: int) -> Prompt:
 class Peace:
     """Answers of the undisturbed stack, each asked for once."""
 
-    def __init__(self, endpoint: str) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: str, sampling: Sampling = GREEDY) -> None:
+        self._endpoint, self._sampling = endpoint, sampling
         self._known: dict[str, Result] = {}
 
-    def answer(self, prompt: Prompt, sampling: Sampling = GREEDY) -> Result:
+    def answer(self, prompt: Prompt, sampling: Sampling | None = None) -> Result:
+        sampling = sampling or self._sampling
         key = repr((prompt, sampling))
         if key not in self._known:
             with Client(self._endpoint, timeout_s=60) as client:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from e2e.disturbed import GREEDY, SEEDED, TEXT, Peace, assert_same, picture_prom
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
 TIMEOUT_S = 20.0
+LONG = replace(GREEDY, max_tokens=100)
 
 
 def experts(stack: Cluster, name: str) -> Any:
@@ -154,7 +156,7 @@ def test_decoder_and_expert_server_die_together(stack: Cluster, peace: Peace) ->
 def test_shards_move_while_answers_flow(stack: Cluster, peace: Peace) -> None:
     """Two servers take over from each other, again and again: a shard is asked for at one that has
     just dropped it, and no request notices."""
-    expected = peace.answer(TEXT)
+    expected = peace.answer(TEXT, LONG)
     names = [stack.running("text-pool-0")[0], stack.running("text-pool-1")[0]]
     for spare in [*stack.running("text-pool-0"), *stack.running("text-pool-1")]:
         if spare not in names:
@@ -181,7 +183,7 @@ def test_shards_move_while_answers_flow(stack: Cluster, peace: Peace) -> None:
     cuts = [half, 0, half, len(all_shards), half]
     epochs, loads = itertools.count(1), []
     for _ in range(3):
-        running = [start(stack, TEXT) for _ in range(3)]
+        running = [start(stack, TEXT, LONG) for _ in range(3)]
         running[0].wait_tokens(5)
         for cut in cuts:  # the last one is where they began
             # Whoever gives a shard up does so after the other has it.
@@ -205,9 +207,9 @@ def test_servers_drain_while_answers_flow(stack: Cluster, peace: Peace) -> None:
     for turn in range(4):
         like = f"text-pool-{turn % 2}"
         (old,) = stack.running(like)[:1]
+        stack.add(like)
         running = [start(stack, TEXT) for _ in range(3)]
         running[0].wait_tokens(5)
-        stack.add(like)
         if turn < 2:
             drained = experts(stack, old).Drain(experts_pb2.DrainRequest(), timeout=TIMEOUT_S)
             assert drained.draining

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from kubernetes import client
 
 from chiasm.orchestrator.types import Pool
 from chiasm.types import Modality
+
+LONG = replace(GREEDY, max_tokens=100)
+"""Pods end while it comes."""
 
 ASSETS = Path(__file__).parents[2] / "src/chiasm/assets"
 
@@ -75,7 +79,7 @@ def claim_models(core: client.CoreV1Api, namespace: str) -> None:
 @pytest.fixture(scope="module")
 def peace(release: Release) -> Peace:
     """Answers of the undisturbed system."""
-    known = Peace(release.endpoint)
+    known = Peace(release.endpoint, LONG)
     for prompt in (TEXT, picture_prompt(1)):
         known.answer(prompt)
     return known
@@ -84,7 +88,7 @@ def peace(release: Release) -> Peace:
 def start(release: Release, *, picture: bool = False) -> Stream:
     """A request under way, by way of the gateway's service."""
     prompt = picture_prompt(1) if picture else TEXT
-    return Stream(release.endpoint, prompt, GREEDY, prompt_logits=True, timeout_s=WAIT_S)
+    return Stream(release.endpoint, prompt, LONG, prompt_logits=True, timeout_s=WAIT_S)
 
 
 def assert_answers(release: Release, peace: Peace) -> None:
