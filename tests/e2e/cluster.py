@@ -38,7 +38,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {WAIT_S} s"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def defects(log_dir: Path) -> list[str]:

@@ -21,7 +21,7 @@ QUICK = (
     *("--lease-ms", str(LEASE_MS)),
     *("--scaling-interval-ms", "200"),
     *("--scale-up-dwell-s", "1", "--scale-down-dwell-s", "1"),
-    *("--scale-down-window-s", "5", "--warm-up-s", "0.5"),
+    *("--scale-down-window-s", "3", "--warm-up-s", "0.5"),
     # So that whatever works at all is busy, whatever machine this is.
     *("--scale-up-at", "0.05", "--scale-down-at", "0.01"),
     *("--encoder-target-s", "0.05"),

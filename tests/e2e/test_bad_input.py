@@ -180,7 +180,7 @@ def channel(served: Served) -> Iterator[grpc.Channel]:
 def others(served: Served) -> Iterator[None]:
     """A good request that streams all the time; its answer is always the same."""
     prompt = [user(image(PICTURE), "What is in the picture?")]
-    sampling = Sampling(max_tokens=300, temperature=0, ignore_eos=True)
+    sampling = Sampling(max_tokens=60, temperature=0, ignore_eos=True)
     answers: list[Result] = []
     stopping = threading.Event()
 

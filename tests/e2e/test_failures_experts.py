@@ -53,8 +53,8 @@ def stuttering(stack: Cluster, name: str) -> Iterator[None]:
     def stutter() -> None:
         while not end.is_set():
             with stack.stopped(name):
-                end.wait(0.3)
-            end.wait(0.03)
+                end.wait(0.1)
+            end.wait(0.01)
 
     thread = threading.Thread(target=stutter)
     thread.start()
