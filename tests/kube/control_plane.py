@@ -36,7 +36,7 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = WA
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {timeout_s:g} s"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def free_port() -> int:

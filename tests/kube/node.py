@@ -29,6 +29,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kubernetes import client
 
 from chiasm.child import Child
+from chiasm.transport.channel import options
+from chiasm.transport.messages import CONTROL_BYTES
 
 POLL_S = 0.2
 BEAT_S = 5.0
@@ -210,9 +212,11 @@ class Pod(threading.Thread):
         while not self._deleted.is_set():
             self.child = child = self._start()
             failures = FAILURES
-            while child.exit_code is None and not self._deleted.wait(POLL_S):
-                failures = 0 if self._is_serving() else failures + 1
-                self._tell("Running", ready=failures < FAILURES)
+            address, service = self._probe
+            with grpc.insecure_channel(address, options=options(CONTROL_BYTES)) as channel:
+                while child.exit_code is None and not self._deleted.wait(POLL_S):
+                    failures = 0 if is_serving(channel, service) else failures + 1
+                    self._tell("Running", ready=failures < FAILURES)
             if self._deleted.is_set():
                 child.end(max(1.0, self._grace_s))
                 return
@@ -301,17 +305,12 @@ class Pod(threading.Thread):
         named = [p["containerPort"] for p in ports if p.get("name") == "grpc"]
         return f"{local(self.ip)}:{(named or [p['containerPort'] for p in ports])[0]}"
 
-    def _is_serving(self) -> bool:
+    @property
+    def _probe(self) -> tuple[str, str]:
+        """Address and service that readiness is asked of."""
         probe = self._container.get("readinessProbe", {}).get("grpc", {})
         host, _, port = self.address.rpartition(":")
-        address = f"{host}:{probe.get('port', port)}"
-        request = health_pb2.HealthCheckRequest(service=probe.get("service", ""))
-        try:
-            with grpc.insecure_channel(address) as channel:
-                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)
-        except grpc.RpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return f"{host}:{probe.get('port', port)}", probe.get("service", "")
 
     def _tell(self, phase: str, *, ready: bool) -> None:
         """Publishes the state when it is another one than before."""
@@ -362,6 +361,16 @@ class Pod(threading.Thread):
             except urllib3.exceptions.HTTPError:
                 pass
             time.sleep(POLL_S)
+
+
+def is_serving(channel: grpc.Channel, service: str) -> bool:
+    """The answer to one probe."""
+    request = health_pb2.HealthCheckRequest(service=service)
+    try:
+        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def expand(text: str, environment: Mapping[str, str]) -> str:

@@ -198,9 +198,9 @@ QUICK = [
     for name, value in {
         "scaling_interval_ms": 500,
         "scale_up_dwell_s": 1,
-        "scale_down_dwell_s": 2,
-        "scale_down_window_s": 5,
-        "warm_up_s": 1,
+        "scale_down_dwell_s": 1,
+        "scale_down_window_s": 3,
+        "warm_up_s": 0.5,
     }.items()
 ]
 """Decisions within seconds."""
