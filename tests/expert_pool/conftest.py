@@ -18,7 +18,7 @@ def config(tiny_checkpoint: Path) -> ModelConfig:
     return ModelConfig.load(tiny_checkpoint)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(tiny_checkpoint: Path) -> Iterator[ServiceProcess]:
     """Text shards 1 and 3 of 4, float32."""
     flags = ("--model", str(tiny_checkpoint), "--modality", "text", "--dtype", "float32")
