@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import structlog
 import torch
+from hypothesis import settings
 
 from chiasm.model.synth import synthesize
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
+settings.register_profile("chiasm", deadline=None)  # no test asserts how long something takes
+settings.load_profile("chiasm")
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter; triton must find this when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -105,7 +105,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(steps, st.tuples(*[st.floats(-1e6, 1e6)] * 3), st.tuples(*[st.floats(0.9, 1.1)] * 3))
 def test_never_two_leaders(
     steps: list[tuple[int, float, float, str]],

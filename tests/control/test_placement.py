@@ -22,7 +22,7 @@ from chiasm.orchestrator.placement import (
 
 ROUNDING = 1e-6
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def server(name: str, held: set[int] | None = None, capacity: int = 64) -> Server:

@@ -154,7 +154,7 @@ def test_woken_from_zero_by_whoever_waits_whatever_else_is_missing() -> None:
     assert decided(replace(asleep, is_wanted=True), config=replace(config, max_replicas=0)) == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.builds(

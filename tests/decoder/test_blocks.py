@@ -67,7 +67,7 @@ def test_sequences_that_grow_by_turns_keep_long_runs() -> None:
     assert all(sum(count for _, count in t.runs) == 48 for t in tables)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_books_balance_whatever_happens(data: st.DataObject) -> None:
     pool, tables, made = BlockPool(data.draw(st.integers(1, 24)), 2), list[BlockTable](), 0

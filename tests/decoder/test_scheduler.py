@@ -131,7 +131,7 @@ def random_requests(random: Random) -> list[Sequence]:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 2**32 - 1), guesses=st.booleans())
 def test_every_request_ends_and_reads_its_own_history(seed: int, guesses: bool) -> None:
     random = Random(seed)
