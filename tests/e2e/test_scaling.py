@@ -15,7 +15,10 @@ from chiasm.membership import Role
 from chiasm.types import Modality
 
 SHORT = Sampling(max_tokens=30, temperature=0, ignore_eos=True)
-LONG = Sampling(max_tokens=400, temperature=0, ignore_eos=True)
+LONG = Sampling(max_tokens=200, temperature=0, ignore_eos=True)
+LONGER = Sampling(max_tokens=400, temperature=0, ignore_eos=True)
+"""Outlasts the start of a process, or its end."""
+
 PICTURES = range(4)
 
 
@@ -23,6 +26,14 @@ PICTURES = range(4)
 def stack(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[Scaled]:
     """One replica of everything to begin with, two at most."""
     with scaled(tiny_checkpoint, tmp_path_factory.mktemp("logs"), text_servers=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[Scaled]:
+    """Two text servers with one shard each, and nobody who starts a third."""
+    logs, flags = tmp_path_factory.mktemp("logs"), ("--scaling", "off")
+    with scaled(tiny_checkpoint, logs, *flags, text_servers=2) as running:
         yield running
 
 
@@ -102,47 +113,43 @@ def test_a_server_is_taken_away_under_load(stack: Scaled, peace: Peace) -> None:
         assert_same(stream.result(), expected)
 
 
-def test_shards_of_a_killed_server_go_to_the_survivor(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    """Two servers with one shard each, and nobody who starts a third."""
-    with scaled(tiny_checkpoint, tmp_path, "--scaling", "off", text_servers=2) as stack:
-        peace = Peace(stack.endpoint)
-        expected, answer = peace.answer(TEXT, LONG), peace.answer(picture_prompt(0), SHORT)
-        assert stack.shards(Modality.TEXT) == [(0,), (1,)]
-        streams = [ask(stack, TEXT, LONG) for _ in range(2)]
-        for stream in streams:
-            stream.wait_tokens(5)
-        stack.kill("text-pool-0")
-        for stream in streams:
-            assert_same(stream.result(), expected)
-        assert stack.shards(Modality.TEXT) == [(0, 1)]
-        # One that joins takes its part again, under load.
-        streams = [ask(stack, TEXT, LONG), ask(stack, picture_prompt(0))]
-        stack.add("text-pool-1")
-        wait_until(lambda: stack.shards(Modality.TEXT) == [(0,), (1,)], "the shards are spread")
-        assert_same(streams[0].result(), expected)
-        assert_same(streams[1].result(), answer)
-        assert len(stack.topology().ready(Role.EXPERT_POOL)) == 3
+def test_shards_of_a_killed_server_go_to_the_survivor(pair: Scaled) -> None:
+    peace = Peace(pair.endpoint)
+    expected, answer = peace.answer(TEXT, LONGER), peace.answer(picture_prompt(0), SHORT)
+    assert pair.shards(Modality.TEXT) == [(0,), (1,)]
+    streams = [ask(pair, TEXT, LONGER) for _ in range(2)]
+    for stream in streams:
+        stream.wait_tokens(5)
+    pair.kill("text-pool-0")
+    for stream in streams:
+        assert_same(stream.result(), expected)
+    assert pair.shards(Modality.TEXT) == [(0, 1)]
+    # One that joins takes its part again, under load.
+    streams = [ask(pair, TEXT, LONGER), ask(pair, picture_prompt(0))]
+    pair.add("text-pool-1")
+    wait_until(lambda: pair.shards(Modality.TEXT) == [(0,), (1,)], "the shards are spread")
+    assert_same(streams[0].result(), expected)
+    assert_same(streams[1].result(), answer)
+    assert len(pair.topology().ready(Role.EXPERT_POOL)) == 3
 
 
-def test_a_server_that_is_told_to_stop_hands_its_shards_over_first(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_server_that_is_told_to_stop_hands_its_shards_over_first(pair: Scaled) -> None:
     """As when somebody else deletes a pod: nobody waits, nothing is lost."""
-    with scaled(tiny_checkpoint, tmp_path, "--scaling", "off", text_servers=2) as stack:
-        expected = Peace(stack.endpoint).answer(TEXT, LONG)
-        assert stack.shards(Modality.TEXT) == [(0,), (1,)]
-        streams = [ask(stack, TEXT, LONG) for _ in range(2)]
-        for stream in streams:
-            stream.wait_tokens(5)
-        stack.terminate("text-pool-0")
-        assert stack.wait_exit("text-pool-0") == 0
-        for stream in streams:
-            assert_same(stream.result(), expected)
-        assert stack.shards(Modality.TEXT) == [(0, 1)]
-        left = (tmp_path / "text-pool-0.log").read_text()
-        assert '"handing_over"' in left
-        assert "not_handed_over" not in left
-        decoder = (tmp_path / "decoder.log").read_text()
-        assert '"pool_away"' not in decoder, "no request waited for the pool"
+    expected = Peace(pair.endpoint).answer(TEXT, LONGER)
+    assert pair.shards(Modality.TEXT) == [(0,), (1,)]
+    victim = pair.running("text-pool-1")[0]
+    decoder_log = pair.log_dir / "decoder.log"
+    said_before = len(decoder_log.read_text())
+    streams = [ask(pair, TEXT, LONGER) for _ in range(2)]
+    for stream in streams:
+        stream.wait_tokens(5)
+    pair.terminate(victim)
+    assert pair.wait_exit(victim) == 0
+    for stream in streams:
+        assert_same(stream.result(), expected)
+    assert pair.shards(Modality.TEXT) == [(0, 1)]
+    left = (pair.log_dir / f"{victim}.log").read_text()
+    assert '"handing_over"' in left
+    assert "not_handed_over" not in left
+    said = decoder_log.read_text()[said_before:]
+    assert '"pool_away"' not in said, "no request waited for the pool"
