@@ -86,8 +86,8 @@ PROMPTS: list[Prompt] = [
     [user("Tell me of the sea, the wind and the rain.")],
 ]
 SAMPLINGS = [
-    Sampling(max_tokens=150, temperature=0, ignore_eos=True),
-    Sampling(max_tokens=150, temperature=0.6, top_k=4, seed=11, logprobs=1),
+    Sampling(max_tokens=90, temperature=0, ignore_eos=True),
+    Sampling(max_tokens=90, temperature=0.6, top_k=4, seed=11, logprobs=1),
 ]
 
 
@@ -120,7 +120,7 @@ def test_speculation_changes_no_token(stack: Cluster) -> None:
     """In batches, in small steps, with too little memory, and when a decoder dies in between."""
     expected = ask(stack)
     replace_decoders(
-        stack, SPECULATION="ngram", MAX_STEP_TOKENS="48", KV_CACHE_TOKENS="480", MAX_RUNNING="6"
+        stack, SPECULATION="ngram", MAX_STEP_TOKENS="48", KV_CACHE_TOKENS="320", MAX_RUNNING="6"
     )
     assert [found.token_ids for found in ask(stack)] == [e.token_ids for e in expected]
     drafted, accepted = (
