@@ -94,25 +94,39 @@ def fast_network() -> Iterator[Network]:
             _ip("link", "del", outside)
 
 
+class Relay:
+    """Carries packets between two descriptors, each after a while, or loses it."""
+
+    def __init__(self, ends: tuple[int, int], delay_ms: float, *, loss: float) -> None:
+        self._ends, self._delay_ms = ends, delay_ms
+        self._process = self._start(loss)
+
+    def restart(self, *, loss: float) -> None:
+        """From now on with another loss; what is on its way is lost."""
+        self.stop()
+        self._process = self._start(loss)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _start(self, loss: float) -> subprocess.Popen[bytes]:
+        program = str(Path(__file__).with_name("slow_link.py"))
+        words = map(str, (*self._ends, self._delay_ms, loss))
+        return subprocess.Popen([sys.executable, program, *words], pass_fds=self._ends)
+
+
 @contextmanager
-def slow_network(delay_ms: float, loss: float = 0.0) -> Iterator[Network]:
-    """A namespace behind a relay that carries each packet over after a while, or loses it."""
+def slow_network(delay_ms: float, *, loss: float) -> Iterator[tuple[Network, Relay]]:
+    """A namespace behind a relay."""
     with _namespace() as network:
         outside = _tun(f"{network.device}o", network.host, network.address)
         inside = network.run(lambda: _tun(network.device, network.address, network.host))
-        relay = subprocess.Popen(
-            [
-                sys.executable,
-                str(Path(__file__).with_name("slow_link.py")),
-                *map(str, (outside, inside, delay_ms, loss)),
-            ],
-            pass_fds=(outside, inside),
-        )
+        relay = Relay((outside, inside), delay_ms, loss=loss)
         try:
-            yield network
+            yield network, relay
         finally:
-            relay.kill()
-            relay.wait()
+            relay.stop()
             os.close(outside)
             os.close(inside)
 
