@@ -1,4 +1,4 @@
-"""`chiasm generate` and `chiasm chat` as processes, against a gateway in a thread."""
+"""`chiasm generate` and `chiasm chat`, here and as processes, against a gateway in a thread."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from gateway.harness import FakeDecoder, FakeEncoder, Stack, in_thread, png, tokens_event
+from typer.testing import CliRunner
 
 from chiasm import errors
+from chiasm.cli import app
 from chiasm.cli.generate import build_prompt
 from chiasm.cli.messages import load_messages
 from chiasm.client import Client, Media, Message, Text, Tokens, image, user
@@ -24,27 +27,34 @@ from chiasm.v1 import decoder_pb2
 
 ANSWER = "The answer is yes."
 
+Live = tuple[Stack, FakeDecoder, FakeEncoder]
+Completed = subprocess.CompletedProcess[bytes]
+
+
+@pytest.fixture(autouse=True)
+def _silence() -> None:
+    """What a command prints is its own: the gateway beside it logs nothing."""
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+
 
 @pytest.fixture(scope="module")
-def live(tiny_checkpoint: Path) -> Iterator[tuple[Stack, FakeDecoder, FakeEncoder]]:
+def live(tiny_checkpoint: Path) -> Iterator[Live]:
     with in_thread(tiny_checkpoint, park_timeout_s=0.2) as parts:
         parts[1].token_ids = parts[0].tokenizer.encode(ANSWER)
         yield parts
 
 
-def chiasm(
-    live: tuple[Stack, FakeDecoder, FakeEncoder],
-    command: str,
-    *arguments: str | bytes,
-    stdin: bytes = b"",
-    endpoint: str = "",
-) -> subprocess.CompletedProcess[bytes]:
-    program = "from chiasm.cli import main; main()"
+def chiasm(live: Live, *arguments: str, stdin: bytes = b"", endpoint: str = "") -> Completed:
+    """A command in this process."""
+    words = [*arguments, "--endpoint", endpoint or live[0].address, "--timeout", "20"]
+    done = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
+    return Completed(words, done.exit_code, done.stdout_bytes, done.stderr_bytes)
+
+
+def chiasm_process(live: Live, *arguments: str | bytes, stdin: bytes = b"") -> Completed:
+    """A command in one of its own: its real streams, and bytes that are no text."""
     return subprocess.run(
-        [
-            *(sys.executable, "-c", program, command),
-            *("--endpoint", endpoint or live[0].address, "--timeout", "20", *arguments),
-        ],
+        [sys.executable, "-m", "chiasm", *arguments, "--endpoint", live[0].address],
         input=stdin,
         capture_output=True,
         timeout=60,
@@ -114,7 +124,7 @@ def test_a_thought_goes_to_stderr(live: Any) -> None:
 
 
 def test_streamed_text_of_a_prompt_on_stdin(live: Any) -> None:
-    done = chiasm(live, "generate", "--prompt", "-", stdin="Grüße".encode())
+    done = chiasm_process(live, "generate", "--prompt", "-", stdin="Grüße".encode())
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode() == ANSWER + "\n"
 
@@ -132,14 +142,21 @@ def test_token_ids_of_a_file(live: Any, tmp_path: Path) -> None:
     [
         (["--prompt", "x", "--temperature", "-1"], b"", "sampling.temperature"),
         (["--prompt", "x", "--max-tokens", "-1"], b"", "sampling.max_tokens"),
-        (["--prompt", b"caf\xe9"], b"", "UTF-8"),
         (["--prompt", "x", "--image", "/no/such/file"], b"", "/no/such/file"),
         (["--messages-json", "-"], b'[{"role": "user"', "not JSON"),
         ([], b"", "--prompt"),
     ],
 )
-def test_refused_request(live: Any, arguments: list[str | bytes], stdin: bytes, words: str) -> None:
-    done = chiasm(live, "generate", *arguments, "--json", stdin=stdin)
+def test_refused_request(live: Any, arguments: list[str], stdin: bytes, words: str) -> None:
+    assert_refused(chiasm(live, "generate", *arguments, "--json", stdin=stdin), words)
+
+
+def test_refused_bytes(live: Any) -> None:
+    assert_refused(chiasm_process(live, "generate", "--prompt", b"caf\xe9"), "UTF-8")
+
+
+def assert_refused(done: Completed, words: str) -> None:
+    """In one line."""
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.endswith(b"\n")
     assert done.stderr.count(b"\n") == 1
@@ -166,7 +183,7 @@ def test_failure_of_the_system(live: Any) -> None:
 def test_chat_keeps_its_history(live: Any, picture: str) -> None:
     first = len(live[1].requests)
     lines = [f"/image {picture}", "one", "/image /no/such/file", "two", "/reset", "three", "/quit"]
-    done = chiasm(live, "chat", "--temperature", "0", stdin="\n".join(lines).encode())
+    done = chiasm_process(live, "chat", "--temperature", "0", stdin="\n".join(lines).encode())
     assert done.returncode == 0, done.stderr
     sent = live[1].requests[first:]
     decode = live[0].tokenizer.decode
