@@ -1,4 +1,4 @@
-"""`chiasm bench serve` as a person runs it, against a small system."""
+"""`chiasm bench serve` as a person runs it: with flags that cannot be, and on a small system."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 from e2e.stack import up
+from typer.testing import CliRunner
+
+from chiasm.cli import app
 
 COMMAND = [sys.executable, "-m", "chiasm", "bench", "serve"]
 START_TIMEOUT_S = 30.0
@@ -34,8 +37,8 @@ def _run(*flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess[st
     ],
 )
 def test_errors_are_one_line(flags: list[str], named: str) -> None:
-    done = _run(*flags)
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["bench", "serve", *flags])
+    assert done.exit_code == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert named in done.stderr
