@@ -1,4 +1,4 @@
-"""The `chiasm` command as people run it: in processes of its own."""
+"""The `chiasm` command as people run it, in processes of its own, and within this one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from typer.testing import CliRunner
+
+from chiasm.cli import app
 
 CHIASM = (sys.executable, "-m", "chiasm")
 START_TIMEOUT_S = 120.0
@@ -32,6 +36,13 @@ def chiasm(*arguments: str | Path, stdin: str = "") -> Completed:
         timeout=COMMAND_TIMEOUT_S,
         check=False,
     )
+
+
+def in_process(*arguments: str | Path, stdin: str = "") -> Completed:
+    """The same in this process, which has imported everything. Not for several threads."""
+    words = [*map(str, arguments)]
+    done = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
+    return Completed(words, done.exit_code, done.stdout, done.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from control.processes import is_running
 from e2e.cases import film, picture, png
-from e2e.cli import CHIASM, Completed, chiasm, up
+from e2e.cli import CHIASM, Completed, chiasm, in_process, up
 from e2e.cluster import wait_until
 from e2e.conftest import Served
 
@@ -105,9 +105,9 @@ def test_stop_token_ids(generate: Generate, served: Served) -> None:
 
 def test_text_comes_as_it_is_made(served: Served, generate: Generate) -> None:
     flags = ("--prompt", "Tell me.", "--temperature", "0", "--ignore-eos")
-    expected = answer(generate(*flags, "--max-tokens", "300", "--json"))["text"]
+    expected = answer(generate(*flags, "--max-tokens", "100", "--json"))["text"]
     process = subprocess.Popen(
-        [*CHIASM, "generate", "--endpoint", served.endpoint, *flags, "--max-tokens", "300"],
+        [*CHIASM, "generate", "--endpoint", served.endpoint, *flags, "--max-tokens", "100"],
         stdout=subprocess.PIPE,
         bufsize=0,
     )
@@ -149,10 +149,12 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def test_refused_requests_say_so_in_one_line(
-    generate: Generate, photo: Path, tmp_path: Path
-) -> None:
-    """Exit status 2, the field named, nothing on stdout. All at once: a process each."""
+AS_A_PROCESS = ("missing file", "image cut short", "temperature")
+"""Refused by the command itself, by an encoder, and by the gateway."""
+
+
+def test_refused_requests_say_so_in_one_line(served: Served, photo: Path, tmp_path: Path) -> None:
+    """Exit status 2, the field named, nothing on stdout."""
     files = {"photo": photo}
     for name, data in {
         "noise": bytes(range(256)) * 4,
@@ -162,7 +164,7 @@ def test_refused_requests_say_so_in_one_line(
         files[name] = tmp_path / name
         files[name].write_bytes(data)
 
-    def run(flags: tuple[str, ...]) -> Completed:
+    def run(name: str, flags: tuple[str, ...]) -> Completed:
         words, stdin = [], ""
         for flag, value in zip(("", *flags), (*flags, ""), strict=True):
             if flag in ("--messages-json", "--prompt-token-ids"):
@@ -172,11 +174,11 @@ def test_refused_requests_say_so_in_one_line(
                 words.append(str(files[value[1:-1]]))
             elif value or flag == "--prompt":
                 words.append(value)
-        return generate(*words, "--json", stdin=stdin)
+        command = chiasm if name in AS_A_PROCESS else in_process
+        return command("generate", "--endpoint", served.endpoint, *words, "--json", stdin=stdin)
 
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, [flags for flags, _ in REFUSED.values()]))
-    for (name, (_, field)), done in zip(REFUSED.items(), results, strict=True):
+    for name, (flags, field) in REFUSED.items():
+        done = run(name, flags)
         assert (done.returncode, done.stdout) == (2, ""), (name, done.stderr)
         assert done.stderr.count("\n") == 1, (name, done.stderr)
         assert done.stderr.startswith("error: "), (name, done.stderr)
@@ -253,13 +255,14 @@ def test_up_refuses_in_one_line(tiny_checkpoint: Path, flags: tuple[str, str], n
     assert done.stderr.startswith(f"error: {named}: ")
 
 
-def test_synth_writes_the_same_bytes_twice(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        done = chiasm("synth", "--preset", "tiny", "--seed", "0", tmp_path / name)
-        assert (done.returncode, done.stderr) == (0, "")
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
-    same, _, _ = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)
+def test_synth_writes_the_same_bytes_twice(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Here, and in another process."""
+    again = tmp_path / "again"
+    done = chiasm("synth", "--preset", "tiny", "--seed", "0", again)
+    assert (done.returncode, done.stderr) == (0, "")
+    names = sorted(path.name for path in tiny_checkpoint.iterdir())
+    assert names == sorted(path.name for path in again.iterdir())
+    same, _, _ = filecmp.cmpfiles(tiny_checkpoint, again, names, shallow=False)
     assert same == names
 
 
