@@ -1,4 +1,4 @@
-"""Stacks: one for all tests that only talk to it, and one a module for those that disturb it."""
+"""Stacks: those that tests only ask or observe, and one for each module that disturbs its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from e2e.cli import up
 from e2e.cluster import Cluster, defects
 from e2e.disturbed import Peace, running_cluster
+from e2e.observed import Observed, observing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,13 @@ def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         assert stack.process.stdout is not None
         assert stack.process.stdout.read() == ""
     assert defects(logs) == []
+
+
+@pytest.fixture(scope="package")
+def observed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[Observed]:
+    """A stack that tells everything about itself."""
+    with observing(tiny_checkpoint, tmp_path_factory.mktemp("observed")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from e2e.observed import Observed, free_ports, observing
+from e2e.observed import Observed, free_ports
 
 from helm import tools
 
@@ -36,12 +36,6 @@ def panels() -> Iterator[tuple[str, str]]:
                         "$release", LABELS["app_kubernetes_io_instance"]
                     ),
                 )
-
-
-@pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[Observed]:
-    with observing(tiny_checkpoint, tmp_path_factory.mktemp("observed")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +89,7 @@ def test_every_panel_shows_something(prometheus: str, observed: Observed) -> Non
     seed = 0
     while missing - SCALING_ONLY and time.monotonic() < end:
         seed += 1
-        image = str(observed.picture(seed % 3))
+        image = str(observed.picture(100 + seed % 3))
         done = observed.generate("--prompt", "What?", "--image", image, "--max-tokens", "4")
         assert done.returncode == 0, done.stderr
         assert observed.generate("--prompt", "what " * 20_000).returncode
