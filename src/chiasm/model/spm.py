@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class SentencePieceVocabulary:
             [i for i, kind in enumerate(kinds) if kind in (_PIECE.CONTROL, _PIECE.UNKNOWN)]
             + [self.added[content] for content in special if content in self.added]
         )
-        self.byte_ids = {
+        self.byte_ids: Mapping[int, int] = {
             i: int(piece.piece[3:5], 16)
             for i, piece in enumerate(model.pieces)
             if piece.type == _PIECE.BYTE

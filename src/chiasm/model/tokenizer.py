@@ -115,7 +115,7 @@ class _FastVocabulary:
         tokens = self._tokenizer.get_added_tokens_decoder()
         self.added = {token.content: token_id for token_id, token in tokens.items()}
         self.special_ids = frozenset(token_id for token_id, t in tokens.items() if t.special)
-        self.byte_ids = self._byte_ids()
+        self.byte_ids: Mapping[int, int] = self._byte_ids()
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def __contains__(self, token_id: int) -> bool:

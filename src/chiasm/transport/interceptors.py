@@ -169,7 +169,7 @@ async def _received(requests: Any, context: _Context, timeout_s: float | None) -
         raise errors.DeadlineExceeded(
             f"the call's message did not come within {timeout_s:g} s"
         ) from None
-    if message is grpc.aio.EOF:
+    if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in grpc's stubs
         raise errors.InvalidArgument("", "the call has no message")
     return message
 
