@@ -136,6 +136,7 @@ def test_declared_size_is_refused_before_decoding(png, processing):
         assert error.value.field == "image"
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("width", "height"), [(10_000, 9_500), (30_000, 20_000)])
 def test_no_other_bound_than_the_one_given(width: int, height: int) -> None:
     """Pillow has one of its own, beyond which it warns or refuses."""
