@@ -66,6 +66,8 @@ def place(
     board.repeat()
     board.employ()
     board.balance(tolerance)
+    while board.repeat():  # a busy shard's new holder may make room for one that has too few
+        board.balance(tolerance)
     return board.placement()
 
 
@@ -114,14 +116,21 @@ class _Board:
             if server is not None:
                 self._add(server, shard)
 
-    def repeat(self) -> None:
-        """Gives every shard its least number of holders, where there is room or can be made."""
+    def repeat(self) -> bool:
+        """Gives every shard its least number of holders, where there is room or can be made.
+
+        Whether that changed anything. No other step takes a holder from a shard that has no more
+        than it needs, so this comes to an end however often it is asked for.
+        """
+        has_changed = False
         for count in range(2, self._min_holders + 1):
             few = [s for s, holders in enumerate(self._holders) if 0 < len(holders) < count]
             for shard in self._busiest(few):
                 server = self._with_room(shard) or self._with_spare(shard, keep=self._min_holders)
                 if server is not None:
                     self._add(server, shard)
+                    has_changed = True
+        return has_changed
 
     def employ(self) -> None:
         """Gives every server at least one shard, one that relieves the busiest server."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chiasm.orchestrator.placement import (
@@ -94,6 +94,18 @@ def test_every_shard_is_covered_within_the_capacities(
 
 @quick
 @given(pools(), st.integers(1, 3))
+@example(
+    pool=(
+        [0.0, 1.0],
+        [
+            fixed("s0", {0, 1}),
+            server("s1", capacity=2),
+            server("s2", capacity=1),
+            server("s3", {1}, capacity=1),
+        ],
+    ),
+    min_holders=3,
+)
 def test_the_same_input_moves_nothing(
     pool: tuple[list[float], list[Server]], min_holders: int
 ) -> None:
