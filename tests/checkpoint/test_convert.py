@@ -206,7 +206,9 @@ def test_rotated(tmp_path: Path, tiny_checkpoint: Path) -> None:
     assert isinstance(matrices(bank(tmp_path / "out", TEXT), 1)[0], RotatedMatrices)
     for error in relative_errors(tmp_path / "out", tmp_path / "wide", 1, TEXT):
         assert 0.2 < error < RELATIVE_ERRORS["tcq2"]
-    with pytest.raises(InvalidArgument, match=r"rotate: text experts' down_proj has 64 inputs"):
+    with pytest.raises(
+        InvalidArgument, match="down_proj: rotated tcq2 takes a multiple of 128 inputs"
+    ):
         plan.make(tiny_checkpoint, Options(text_experts="tcq2", is_rotated=True))
 
 

@@ -18,6 +18,7 @@ from chiasm.errors import InvalidArgument
 from chiasm.kernels.quant import int8
 from chiasm.kernels.quant.wint2 import Wint2Matrices
 from chiasm.model.config import ModelConfig
+from chiasm.model.quantization import KEY
 from chiasm.model.synth import PRESETS, synthesize
 from chiasm.types import Modality
 
@@ -82,6 +83,19 @@ def test_wint2_layers_are_read_and_the_others_as_they_are(
     wint2_files.rewrite(tmp_path / "narrow", first_layer=1)
     with pytest.raises(InvalidArgument, match="wint2 takes a multiple of 128 inputs, not 64"):
         bank(tmp_path / "narrow", TEXT)
+
+
+def test_rotation_that_does_not_fit_is_refused_when_it_is_read(
+    tmp_path: Path,
+) -> None:
+    synthesize(tmp_path / "out", experts="tcq2")
+    file = tmp_path / "out" / "config.json"
+    values = json.loads(file.read_text())
+    for entry in values[KEY]["experts"]["text"]:
+        entry["rotated"] = True
+    file.write_text(json.dumps(values))
+    with pytest.raises(InvalidArgument, match="rotated tcq2 takes a multiple of 128 inputs"):
+        bank(tmp_path / "out", TEXT)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4", "tcq2"])

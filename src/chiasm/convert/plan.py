@@ -10,7 +10,6 @@ from pathlib import Path
 
 from chiasm.errors import InvalidArgument
 from chiasm.kernels.quant import table
-from chiasm.kernels.quant.hadamard import BLOCK
 from chiasm.model import dense_weights
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
@@ -183,12 +182,7 @@ def _bank(config: ModelConfig, quantization: Quantization, layer: int, modality:
     bank = Bank.to_encode(config, layer, modality, form)
     for projection in (GATE_UP, DOWN):
         _, k = bank.shape(projection)
-        check_width(form.precision, k, f"{modality} experts' {projection}")
-        if form.is_rotated and k % BLOCK:
-            raise InvalidArgument(
-                "rotate",
-                f"{modality} experts' {projection} has {k} inputs, no multiple of {BLOCK}",
-            )
+        check_width(form, k, f"{modality} experts' {projection}")
     return bank
 
 

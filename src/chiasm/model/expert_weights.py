@@ -11,6 +11,7 @@ FIELDS tells dtypes and shapes. What they mean is said by kernels/quant/formats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from chiasm.kernels.quant.formats import (
     Tcq2Matrices,
     num_groups,
 )
-from chiasm.kernels.quant.hadamard import RotatedMatrices
+from chiasm.kernels.quant.hadamard import BLOCK, RotatedMatrices
 from chiasm.kernels.quant.table import checksum
 from chiasm.kernels.quant.wint2 import Wint2Matrices
 from chiasm.model.checkpoint import Checkpoint
@@ -145,12 +146,12 @@ def read_experts(
     return gate_up, down
 
 
-def check_width(precision: str, k: int, name: str) -> None:
+def check_width(form: ExpertFormat, k: int, name: str) -> None:
     """Raises InvalidArgument when a matrix of k inputs cannot be stored so."""
-    if k % MULTIPLE[precision]:
-        raise InvalidArgument(
-            name, f"{precision} takes a multiple of {MULTIPLE[precision]} inputs, not {k}"
-        )
+    multiple = math.lcm(MULTIPLE[form.precision], BLOCK if form.is_rotated else 1)
+    if k % multiple:
+        stored = f"rotated {form.precision}" if form.is_rotated else form.precision
+        raise InvalidArgument(name, f"{stored} takes a multiple of {multiple} inputs, not {k}")
 
 
 def _dense(
@@ -172,7 +173,7 @@ def _packed(checkpoint: Checkpoint, bank: Bank, experts: range, projection: str)
     if precision == "wint2":
         return _wint2(checkpoint, bank, experts, projection)
     n, k = bank.shape(projection)
-    check_width(precision, k, projection)
+    check_width(bank.format, k, projection)
     prefixes = [f"{bank.prefix(expert)}{projection}." for expert in experts]
     stacks = read_stacks(checkpoint, precision, (n, k), prefixes, bank.device)
     return _matrices(checkpoint, bank, stacks)

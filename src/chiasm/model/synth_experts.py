@@ -72,7 +72,9 @@ def write_experts(
 def _write_bank(directory: Path, bank: Bank, seed: int, gain: Callable[[str], float]) -> Layout:
     precision, layout = bank.format.precision, bank.layout()
     for projection in (GATE_UP, DOWN):
-        check_width(precision, bank.shape(projection)[1], f"{bank.modality} experts' {projection}")
+        check_width(
+            bank.format, bank.shape(projection)[1], f"{bank.modality} experts' {projection}"
+        )
     with SafetensorsStream(directory / bank.file_name, layout) as stream:
         for expert, projection in itertools.product(
             range(bank.config.text.num_experts), (GATE_UP, DOWN)
