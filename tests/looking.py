@@ -67,10 +67,10 @@ def shape(mask: NDArray[np.bool_]) -> str:
         return "circle"
     if bottom > 0.8 > top:
         return "triangle"
-    if width < 0.85 * height:
-        return "diamond"
     upright = np.abs(box.astype(int) - box[::-1].astype(int)).mean()
-    return "cross" if upright < 0.15 else "star"
+    if upright > 0.15:
+        return "star"
+    return "diamond" if width < 0.85 * height else "cross"
 
 
 def english_colour(answer: str) -> str:

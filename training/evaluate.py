@@ -22,7 +22,7 @@ from chiasm.training.data.tasks import TASKS
 from chiasm.types import MediaKind
 
 MAX_SAMPLES = 10_000
-_MAX_ANSWER_TOKENS = 24
+_MAX_ANSWER_TOKENS = 40
 _CONCURRENCY = 8
 _TIMEOUT_S = 120.0
 _MAX_MISTAKES = 5

@@ -8,6 +8,7 @@ depend on how fast a thread is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,16 +35,23 @@ class StepResult:
     by_modality: Usage
 
 
+_SWITCH_S = 1e-4
+"""A thread that computes in Python hands the lock on after this time; 5 ms, the default, is longer
+than most operations that the other one has waiting."""
+
+
 @contextmanager
 def one_core_each(num_threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads whose torch operations do not spread over cores, nor do the caller's meanwhile."""
-    before = torch.get_num_threads()
+    before, patience = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
+    sys.setswitchinterval(_SWITCH_S)
     try:
         with ThreadPoolExecutor(num_threads, initializer=lambda: torch.set_num_threads(1)) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)
+        sys.setswitchinterval(patience)
 
 
 def accumulate(

@@ -190,9 +190,15 @@ def initialize(model: TrainingModel, seed: int) -> None:
     Matrices have the standard deviation 1 / sqrt(inputs), which for the published width of 2560 is
     ERNIE's initializer_range, 0.02. Those that write to the residual stream are smaller by
     sqrt(2 * layers) (GPT-2). Norms are one, biases zero.
+
+    Attention of the language model begins as Trockman and Kolter have it (Mimetic Initialization of
+    Self-Attention Layers, 2023): queries equal the keys of their group, so a token attends to its
+    like, and outputs lean to the transposed values, so a head passes on what it has attended to as
+    it is. Look-up by content, which from unrelated matrices comes late or never, is close at hand
+    then. Half of the outputs' variance stays random, or the heads of a group would learn the same.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = model.config.text.num_layers
+    text = model.config.text
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -202,5 +208,14 @@ def initialize(model: TrainingModel, seed: int) -> None:
             is_gate = name.endswith(("gate.weight", "gate.weight_1"))
             std = parameter.shape[0 if is_gate else -1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
-                std *= (2 * layers) ** -0.5
+                std *= (2 * text.num_layers) ** -0.5
             parameter.normal_(std=std, generator=generator)
+    for layer in model.language.model.layers:
+        assert isinstance(layer, DecoderLayer)
+        attention = layer.self_attn
+        keys = attention.k_proj.weight.view(text.num_kv_heads, 1, text.head_dim, -1)
+        queries = attention.q_proj.weight.view(text.num_kv_heads, -1, *keys.shape[2:])
+        queries.copy_(keys.expand_as(queries))
+        values = attention.v_proj.weight.view(keys.shape).expand_as(queries)
+        attention.o_proj.weight.add_(values.flatten(0, 2).T, alpha=(2 * text.num_layers) ** -0.5)
+        attention.o_proj.weight.mul_(0.5**0.5)

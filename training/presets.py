@@ -86,23 +86,23 @@ _BUNDLED = Preset(
         Stage(
             name="language",
             trains=_TEXT_ONLY,
-            mix={"sums": 3, "copy": 1},
+            mix={"retold": 3, "lookup": 3, "alike": 1, "sums": 1, "copy": 1},
             batch_tokens=2048,
-            schedule=Schedule(steps=400, warmup=60, peak=1e-3, floor=5e-4),
+            schedule=Schedule(steps=650, warmup=60, peak=1.5e-3, floor=1e-3),
         ),
         Stage(
             name="longer",
             trains=_TEXT_ONLY,
-            mix={"sums": 2, "lookup": 2, "recall": 3, "copy": 1},
+            mix={"retold": 2, "lookup": 2, "alike": 2, "told": 3, "sums": 5, "copy": 3},
             batch_tokens=2048,
-            schedule=Schedule(steps=400, warmup=30, peak=6e-4, floor=3e-4),
+            schedule=Schedule(steps=500, warmup=30, peak=1.5e-3, floor=3e-4),
         ),
         Stage(
             name="sight",
             trains=_SIGHT,
             mix=SEE,
             batch_tokens=2048,
-            schedule=Schedule(steps=4000, warmup=100, peak=2e-3, floor=4e-5),
+            schedule=Schedule(steps=3600, warmup=100, peak=2e-3, floor=4e-5),
             sight_alone=True,
         ),
         Stage(
@@ -110,12 +110,12 @@ _BUNDLED = Preset(
             trains=_EVERYTHING,
             mix=MIX,
             batch_tokens=1024,
-            schedule=Schedule(steps=7600, warmup=100, peak=6e-4, floor=1e-5),
+            schedule=Schedule(steps=7200, warmup=100, peak=6e-4, floor=1e-5),
             # Letters have most of the labels: from the start they would drown what text and vision
             # experts have to learn before.
             lessons=(
                 Lesson(num_samples=20_000, mix=LOOK),
-                Lesson(num_samples=70_000, mix=ARRANGE),
+                Lesson(num_samples=45_000, mix=ARRANGE),
             ),
         ),
     ),

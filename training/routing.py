@@ -20,7 +20,7 @@ from chiasm.model.config import TextConfig
 from chiasm.model.moe import Dispatch, Partial
 from chiasm.types import TOKEN_TEXT, Modality
 
-BLOCK_ROWS = 64
+BLOCK_ROWS = 48
 Usage = dict[tuple[Modality, int], torch.Tensor]
 """Choices per expert, int64 [E], by modality and layer."""
 

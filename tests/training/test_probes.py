@@ -86,6 +86,10 @@ def test_cells_hold_what_can_be_seen_in_them(task: str) -> None:
             assert (shape == 0) == (colour == 0) == (cell not in found)
             if shape:
                 assert found[cell] == (shape - 1, tuple(COLOURS)[colour - 1])
+        places = [
+            (cell // columns, cell % columns) for cell in range(len(sample.shows["cell_shape"]))
+        ]
+        assert sample.shows["cell_place"] == tuple(at for place in places for at in place)
 
 
 def test_a_figure_is_told_where_its_picture_has_the_probes_size(encoder: Encoder) -> None:

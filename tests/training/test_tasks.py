@@ -11,6 +11,7 @@ from itertools import islice
 import looking
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from chiasm.errors import InvalidArgument
 from chiasm.training.data import digits, words
@@ -55,40 +56,80 @@ def test_shapes_descriptions_and_colours() -> None:
         assert COLOUR_NAMES[looking.colour(pixels, mask)].of(sample.language) in sample.answer
 
 
-def test_colours_of_one_of_two() -> None:
-    for sample in drawn("colour"):
-        pixels, (asked,) = looking.picture(sample), named(looking.question(sample))
-        seen = {looking.shape(mask): looking.colour(pixels, mask) for mask in looking.blobs(pixels)}
-        assert len(seen) == 2
-        colour = COLOUR_NAMES[seen[asked]].of(sample.language)
-        assert sample.answer == said(sample, "The {} is {}.", "{}是{}。", asked, colour)
-
-
-def said(sample: Sample, english: str, chinese: str, shape: str, *words: str) -> str:
-    """A sentence about a shape."""
-    form = english if sample.language is Language.ENGLISH else chinese
-    return form.format(SHAPE_NAMES[shape].of(sample.language), *words)
-
-
 def test_counts() -> None:
     for sample in drawn("count"):
         assert sample.answer == str(len(looking.blobs(looking.picture(sample))))
 
 
-def test_places() -> None:
-    places = {
-        (0, 0): ("at the top left", "左上"),
-        (2, 0): ("at the top right", "右上"),
-        (1, 1): ("in the centre", "中间"),
-        (0, 2): ("at the bottom left", "左下"),
-        (2, 2): ("at the bottom right", "右下"),
-    }
-    for sample in drawn("place"):
-        pixels, (asked,) = looking.picture(sample), named(looking.question(sample))
-        (mask,) = (m for m in looking.blobs(pixels) if looking.shape(m) == asked)
-        x, y = (int(at // 28) for at in looking.middle(mask))
-        place = places[x, y][sample.language is Language.CHINESE]
-        assert sample.answer == said(sample, "The {} is {}.", "{}在{}。", asked, place)
+WHERE = (
+    (("northwest", "左上"), ("north", "上方"), ("northeast", "右上")),
+    (("west", "左侧"), ("centre", "中间"), ("east", "右侧")),
+    (("southwest", "左下"), ("south", "下方"), ("southeast", "右下")),
+)
+"""Words by row and column."""
+
+
+def cell(mask: NDArray[np.bool_]) -> tuple[int, int]:
+    """Row and column."""
+    x, y = looking.middle(mask)
+    return int(y // 28), int(x // 28)
+
+
+def where(sample: Sample, mask: NDArray[np.bool_]) -> str:
+    row, column = cell(mask)
+    return WHERE[row][column][sample.language is Language.CHINESE]
+
+
+def told(sample: Sample) -> str:
+    """Where each shape is, in the order of the cells."""
+    masks = found(sample)
+    return listed(sample, "Shapes", "图形", masks, [where(sample, mask) for mask in masks])
+
+
+def coloured(sample: Sample) -> str:
+    """Which colour each shape has, in the order of the cells."""
+    pixels, masks = looking.picture(sample), found(sample)
+    seen = [COLOUR_NAMES[looking.colour(pixels, mask)].of(sample.language) for mask in masks]
+    return listed(sample, "Colours", "颜色", masks, seen)
+
+
+def found(sample: Sample) -> list[NDArray[np.bool_]]:
+    return sorted(looking.blobs(looking.picture(sample)), key=cell)
+
+
+def listed(
+    sample: Sample, english: str, chinese: str, masks: list[NDArray[np.bool_]], values: list[str]
+) -> str:
+    """Every shape's name with its value."""
+    names = [SHAPE_NAMES[looking.shape(mask)].of(sample.language) for mask in masks]
+    pairs = list(zip(names, values, strict=True))
+    if sample.language is Language.CHINESE:
+        return f"{chinese}：{'、'.join(map(''.join, pairs))}。"
+    return f"{english}: {', '.join(map(' '.join, pairs))}."
+
+
+def so(sample: Sample, shape: str, value: str) -> str:
+    """The answer's end."""
+    name = SHAPE_NAMES[shape].of(sample.language)
+    return f"所以{name}{value}。" if sample.language is Language.CHINESE else f" So {name} {value}."
+
+
+def test_colours_and_places() -> None:
+    """Of all shapes, then of the one that was asked for."""
+    for sample in (*drawn("colour"), *drawn("place")):
+        (asked,) = named(looking.question(sample))
+        (mask,) = (m for m in found(sample) if looking.shape(m) == asked)
+        if sample.task == "colour":
+            colour = COLOUR_NAMES[looking.colour(looking.picture(sample), mask)]
+            assert sample.answer == coloured(sample) + so(sample, asked, colour.of(sample.language))
+        else:
+            assert sample.answer == told(sample) + so(sample, asked, where(sample, mask))
+
+
+def test_colours_and_places_of_several() -> None:
+    for task, tell in (("colours", coloured), ("places", told)):
+        for sample in drawn(task):
+            assert sample.answer == tell(sample)
 
 
 def test_relations() -> None:
@@ -100,19 +141,11 @@ def test_relations() -> None:
         at = {looking.shape(m): looking.middle(m) for m in looking.blobs(looking.picture(sample))}
         across, down = at[first][0] - at[second][0], at[first][1] - at[second][1]
         if abs(across) > abs(down):
-            sides = ("left of", "左边") if across < 0 else ("right of", "右边")
+            sides = ("left", "左边") if across < 0 else ("right", "右边")
         else:
             sides = ("above", "上面") if down < 0 else ("below", "下面")
-        side, other = sides[sample.language is Language.CHINESE], SHAPE_NAMES[second]
-        expected = said(
-            sample,
-            "The {0} is {1} the {2}.",
-            "{0}在{2}的{1}。",
-            first,
-            side,
-            other.of(sample.language),
-        )
-        assert sample.answer == expected
+        side = sides[sample.language is Language.CHINESE]
+        assert sample.answer == told(sample) + so(sample, first, side)
 
 
 def test_bars() -> None:
@@ -141,7 +174,11 @@ def test_same_or_not() -> None:
         kinds = [one[not is_about_shape] for one in seen]
         names = [({**SHAPE_NAMES, **COLOUR_NAMES})[kind].of(sample.language) for kind in kinds]
         verdicts = ("yes", "是") if kinds[0] == kinds[1] else ("no", "否")
-        form = "{} and {}: {}" if sample.language is Language.ENGLISH else "{}和{}：{}"
+        form = (
+            "first {}, second {}: {}"
+            if sample.language is Language.ENGLISH
+            else "第一张{}，第二张{}：{}"
+        )
         assert sample.answer == form.format(*names, verdicts[sample.language is Language.CHINESE])
 
 
@@ -203,10 +240,11 @@ def test_sums() -> None:
 
 
 def test_lookups() -> None:
+    """The row that was asked for."""
     for sample in drawn("lookup"):
-        *facts, asked = filter(None, re.split(r"[.。] ?", looking.question(sample).rstrip("?？")))
-        (known,) = (fact for fact in facts if fact[:2] in asked)
-        assert sample.answer == known + ("." if sample.language is Language.ENGLISH else "。")
+        _, *rows, asked = looking.question(sample).split("\n")
+        (known,) = (row for row in rows if row[:2] in asked)
+        assert sample.answer == known
 
 
 def test_copies() -> None:
@@ -242,10 +280,11 @@ def test_both_languages_and_both_orders_of_question_and_media(task: str) -> None
 
 
 def decisive(sample: Sample) -> str:
-    """The answer without the names of what was asked for, or was seen on the way."""
+    """The answer without what was told on the way and the names of what was asked for."""
     names = COLOUR_NAMES if sample.task == "same" else {}
     words = [name.of(sample.language) for name in ({**SHAPE_NAMES, **names}).values()]
-    return sample.answer if sample.task == "shape" else re.sub("|".join(words), "", sample.answer)
+    last = re.split("[:：]|So |所以", sample.answer)[-1]
+    return sample.answer if sample.task == "shape" else re.sub("|".join(words), "", last)
 
 
 @pytest.mark.parametrize("task", sorted(set(TASKS) - OPEN))

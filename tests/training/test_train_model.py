@@ -11,7 +11,7 @@ from train_models import new_model, random_batch, served_logits, short_preset
 from chiasm.training.data.packing import PackedBatch
 from chiasm.training.export import export
 from chiasm.training.gradients import accumulate, one_core_each
-from chiasm.training.model import Part, TrainingModel, part_of
+from chiasm.training.model import Part, TrainingModel, initialize, part_of
 from chiasm.training.objective import Objective, Whole
 from chiasm.training.routing import choices_by_gate, choices_by_modality
 from chiasm.types import Grid, Modality
@@ -47,6 +47,28 @@ def test_logits_are_those_of_the_serving_path(
     served = served_logits(exported(model, tmp_path), batch)
     assert logits.std() > 0.1
     assert (logits - served).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_new_model_attends_to_its_like(tmp_path: Path, seed: int) -> None:
+    """Each query head begins as the key head of its group, and passes on what it attends to."""
+    model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
+    initialize(model, seed)
+    text = model.config.text
+    group = text.num_heads // text.num_kv_heads
+    for layer in model.language.model.layers:
+        queries = layer.self_attn.q_proj.weight.split(text.head_dim)
+        keys = layer.self_attn.k_proj.weight.split(text.head_dim)
+        assert all(torch.equal(query, keys[head // group]) for head, query in enumerate(queries))
+        assert keys[0].std() > 0
+        values = layer.self_attn.v_proj.weight.split(text.head_dim)
+        outputs = layer.self_attn.o_proj.weight.T.split(text.head_dim)
+        alike = [
+            torch.cosine_similarity(output.flatten(), values[head // group].flatten(), dim=0)
+            for head, output in enumerate(outputs)
+        ]
+        assert all(0.5 < each < 0.9 for each in alike)
+        assert not torch.equal(outputs[0], outputs[1])
 
 
 def test_parts_cover_the_model_and_a_stage_trains_its_own(tmp_path: Path) -> None:

@@ -38,9 +38,14 @@ class Bilingual:
         )
 
 
-def sentences(said: Sequence[Bilingual]) -> Bilingual:
-    """One after the other; Chinese has no spaces."""
-    return Bilingual(" ".join(one.en for one in said), "".join(one.zh for one in said))
+def listed(items: Sequence[Bilingual]) -> Bilingual:
+    """All of them, in order."""
+    return Bilingual(", ".join(i.en for i in items), "、".join(i.zh for i in items))
+
+
+def lines(said: Sequence[Bilingual]) -> Bilingual:
+    """One below the other."""
+    return Bilingual("\n".join(one.en for one in said), "\n".join(one.zh for one in said))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,9 @@ _SAME = {
         zh=("两张图中的颜色相同吗？", "这两张图片的颜色一样吗？"),
     ),
 }
-_VERDICT = Bilingual("{first} and {second}: {verdict}", "{first}和{second}：{verdict}")
+VERDICT = Bilingual(
+    "first {first}, second {second}: {verdict}", "第一张{first}，第二张{second}：{verdict}"
+)
 _MORE = Phrasings(
     en=("Which picture has more {shape}s?", "In which picture are there more shapes?"),
     zh=("哪张图里的{shape}更多？", "哪张图片中的图形更多？"),
@@ -62,7 +64,7 @@ def _draft_same(rng: Random) -> Draft:
     return Draft(
         key=(asked, shown),
         phrasings=_SAME[asked],
-        answer=_VERDICT.filled(first=first, second=second, verdict=YES if alike[asked] else NO),
+        answer=VERDICT.filled(first=first, second=second, verdict=YES if alike[asked] else NO),
         draw=lambda rng: tuple(_draw_one(shape, colour, rng) for shape, colour in shown),
         shows=probes.figures(shown),
     )
@@ -89,7 +91,9 @@ def _draft_more(rng: Random) -> Draft:
                 for which, group in enumerate(cells)
                 for cell in group
             ],
-            8,
+            2,
+            2,
+            num_pictures=2,
         ),
     )
 

@@ -3,31 +3,45 @@
 
 A question with a one-word answer tells one thing about a picture that took a hundred times the work
 to look at. These ask for everything that is there, in order, and so teach shapes, colours, letters
-and heights many at a time. They share no sample with what is held out: words and facts come from
-the training side of their own tasks.
+and heights many at a time. Words come from the training side of their own task; scenes and bars are
+drawn at random, now and then such as another task holds out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from chiasm.training.data import bars, probes, texts, words
+from chiasm.training.data import bars, probes, words
 from chiasm.training.data.drawing import paper, photographed
 from chiasm.training.data.names import (
     COLOUR_NAMES,
     COLOURS,
+    NO,
     SHAPE_NAMES,
     SHAPES,
+    YES,
     Bilingual,
     Phrasings,
-    sentences,
+    lines,
+    listed,
 )
+from chiasm.training.data.pairs import VERDICT
 from chiasm.training.data.sample import Draft, Picture, Split, Task
-from chiasm.training.data.scenes import CELL, IS_COLOUR, draw_cells
+from chiasm.training.data.scenes import (
+    CELL,
+    SIDE,
+    Placed,
+    any_beside,
+    any_colour,
+    any_place,
+    draw_cells,
+    told_colours,
+    told_places,
+)
+from chiasm.training.data.texts import NUMBERS, PEOPLE, row
 
 _COLUMNS, _ROWS = 3, 2
 _STRAY = 4
@@ -37,8 +51,12 @@ _LIST = Phrasings(
     zh=("请列出图中所有的图形。", "请说出每个图形和颜色。"),
 )
 _COLOURS = Phrasings(
-    en=("Which colours do they have: {shapes}?",),
-    zh=("{shapes}各是什么颜色？",),
+    en=("Say which colour everything has.", "Which colour is each shape?"),
+    zh=("请说出每个图形的颜色。", "每个图形各是什么颜色？"),
+)
+_PLACES = Phrasings(
+    en=("Say where everything is.", "Where is each shape?"),
+    zh=("请说出每个图形的位置。", "每个图形各在哪里？"),
 )
 _SPELL = Phrasings(
     en=("Read all the letters.", "Which letters are these?"),
@@ -48,15 +66,20 @@ _LINES = Phrasings(
     en=("Read all the words.", "What do the lines say?"),
     zh=("请读出所有单词。", "每一行写着什么？"),
 )
+_ALIKE = Phrasings(
+    en=("The first picture shows {first}, the second {second}. Are they alike?",),
+    zh=("第一张图是{first}，第二张图是{second}，一样吗？",),
+)
 _RANKING = Phrasings(
     en=("Order the bars from the tallest to the shortest.", "Name the bars, the tallest first."),
     zh=("请从高到低说出柱子的颜色。", "柱子从高到低是哪些颜色？"),
 )
 
 
-def listed(items: Sequence[Bilingual]) -> Bilingual:
-    """All of them, in order."""
-    return Bilingual(", ".join(i.en for i in items), "、".join(i.zh for i in items))
+_RETELL = Phrasings(
+    en=("{rows}\nSay it in another order.", "{rows}\nShuffle it."),
+    zh=("{rows}\n换个顺序再说一遍。", "{rows}\n请打乱顺序。"),
+)
 
 
 def _draft_inventory(rng: Random) -> Draft:
@@ -75,28 +98,40 @@ def _draft_inventory(rng: Random) -> Draft:
         phrasings=_LIST,
         answer=listed(names),
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
-        shows=probes.cells(placed, _COLUMNS * _ROWS),
+        shows=probes.cells(placed, _COLUMNS, _ROWS),
     )
 
 
 def _draft_colours(rng: Random) -> Draft:
-    """Two to four shapes, asked for in another order."""
-    shapes = rng.sample(SHAPES, rng.randint(2, 4))
-    cells = rng.sample(range(_COLUMNS * _ROWS), len(shapes))
-    placed = tuple(
-        (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
-    )
-    said = [
-        IS_COLOUR.filled(shape=SHAPE_NAMES[shape], colour=COLOUR_NAMES[colour])
-        for shape, colour, _ in placed
-    ]
+    """The colours of two to four shapes."""
+    placed = _any_scene(rng, _COLUMNS * _ROWS)
     return Draft(
         key=placed,
         phrasings=_COLOURS,
-        answer=sentences(said),
-        fields={"shapes": listed([SHAPE_NAMES[shape] for shape in shapes])},
+        answer=told_colours(placed),
         draw=lambda rng: (draw_cells(placed, rng, columns=_COLUMNS, rows=_ROWS),),
-        shows=probes.cells(placed, _COLUMNS * _ROWS),
+        shows=probes.cells(placed, _COLUMNS, _ROWS),
+    )
+
+
+def _draft_places(rng: Random) -> Draft:
+    """Where two to four shapes are."""
+    placed = _any_scene(rng, SIDE**2)
+    return Draft(
+        key=placed,
+        phrasings=_PLACES,
+        answer=told_places(placed),
+        draw=lambda rng: (draw_cells(placed, rng),),
+        shows=probes.cells(placed, SIDE, SIDE),
+    )
+
+
+def _any_scene(rng: Random, num_cells: int) -> tuple[Placed, ...]:
+    """Two to four shapes in as many cells."""
+    shapes = rng.sample(SHAPES, rng.randint(2, 4))
+    cells = rng.sample(range(num_cells), len(shapes))
+    return tuple(
+        (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
     )
 
 
@@ -156,16 +191,44 @@ def _draft_ranking(rng: Random) -> Draft:
     )
 
 
-def _draft_recall(rng: Random) -> Draft:
-    """All facts again, in another order."""
-    while texts.LOOKUP.split_of((facts := texts.any_facts(rng)).key) is not Split.TRAIN:
-        pass
-    asked = rng.sample(facts.pairs, len(facts.pairs))
+def _draft_alike(rng: Random) -> Draft:
+    """The verdict on two pictures that are told of, alike half of the time."""
+    is_alike = rng.random() < 0.5
+    names = tuple(rng.choice((COLOUR_NAMES, SHAPE_NAMES)).values())
+    first, second = [rng.choice(names)] * 2 if is_alike else rng.sample(names, 2)
     return Draft(
-        key=(facts.key, tuple(name.en for name, _ in asked)),
-        phrasings=texts.ALL_NUMBERS if facts.is_number else texts.ALL_COLOURS,
-        answer=facts.told(asked),
-        fields={"facts": facts.told(facts.pairs), "names": listed([name for name, _ in asked])},
+        key=(first.en, second.en),
+        phrasings=_ALIKE,
+        answer=VERDICT.filled(first=first, second=second, verdict=YES if is_alike else NO),
+        fields={"first": first, "second": second},
+    )
+
+
+def _draft_retold(rng: Random) -> Draft:
+    """A table in another order: whatever stands behind a name is found again by the name."""
+    letters = [Bilingual.same(letter) for letter in probes.LETTERS]
+    keys = rng.sample((*letters, *PEOPLE), rng.randint(3, 8))
+    values = (*COLOUR_NAMES.values(), *SHAPE_NAMES.values(), *NUMBERS)
+    rows = [row((key, rng.choice(values))) for key in keys]
+    return Draft(
+        key=tuple(each.en for each in rows),
+        phrasings=_RETELL,
+        answer=lines(rng.sample(rows, len(rows))),
+        fields={"rows": lines(rows)},
+    )
+
+
+def _draft_told(rng: Random) -> Draft:
+    """A question about two shapes that are told of and not shown."""
+    asked = rng.choice((any_colour, any_place, any_beside))(rng)
+    return Draft(
+        key=asked.placed,
+        phrasings=Phrasings(
+            en=tuple("{told} " + question for question in asked.phrasings.en),
+            zh=tuple("{told}" + question for question in asked.phrasings.zh),
+        ),
+        answer=asked.answer,
+        fields={**asked.fields, "told": asked.told},
     )
 
 
@@ -174,9 +237,12 @@ TASKS = tuple(
     for name, draft in (
         ("inventory", _draft_inventory),
         ("colours", _draft_colours),
+        ("places", _draft_places),
         ("letters", _draft_letters),
         ("lines", _draft_lines),
         ("ranking", _draft_ranking),
-        ("recall", _draft_recall),
+        ("alike", _draft_alike),
+        ("retold", _draft_retold),
+        ("told", _draft_told),
     )
 )

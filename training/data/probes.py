@@ -28,6 +28,8 @@ class Probe:
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORD_LETTERS = 5
+MAX_SIDE = 3
+"""Cells in a row and in a column of what is read cell by cell."""
 BARS, BAR_LEVELS = 4, 7
 
 PROBES: Mapping[str, Probe] = MappingProxyType(
@@ -36,6 +38,7 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "colour": Probe(tokens=4, classes=len(COLOURS)),
         "cell_shape": Probe(tokens=1, classes=1 + len(SHAPES)),
         "cell_colour": Probe(tokens=1, classes=1 + len(COLOURS)),
+        "cell_place": Probe(tokens=1, classes=MAX_SIDE, slots=2),
         "cell_letter": Probe(tokens=1, classes=len(LETTERS)),
         "word": Probe(tokens=8, classes=1 + len(LETTERS), slots=WORD_LETTERS),
         "digit": Probe(tokens=4, classes=10),
@@ -56,13 +59,22 @@ def figures(shown: Sequence[tuple[str, str]]) -> Labels:
     }
 
 
-def cells(placed: Sequence[tuple[str, str, int]], num_cells: int) -> Labels:
-    """Of a picture whose tokens are cells: shape, colour and cell of what is in it."""
-    shapes, colours, names = [0] * num_cells, [0] * num_cells, tuple(COLOURS)
+def cells(
+    placed: Sequence[tuple[str, str, int]], columns: int, rows: int, num_pictures: int = 1
+) -> Labels:
+    """Of pictures whose tokens are cells: shape, colour and cell of what is in them, and where
+    every cell is, row and column. Cells are counted through all pictures."""
+    num_cells, names = columns * rows * num_pictures, tuple(COLOURS)
+    shapes, colours = [0] * num_cells, [0] * num_cells
     for shape, colour, cell in placed:
         shapes[cell] = 1 + SHAPES.index(shape)
         colours[cell] = 1 + names.index(colour)
-    return {"cell_shape": tuple(shapes), "cell_colour": tuple(colours)}
+    places = [where for row in range(rows) for column in range(columns) for where in (row, column)]
+    return {
+        "cell_shape": tuple(shapes),
+        "cell_colour": tuple(colours),
+        "cell_place": tuple(places * num_pictures),
+    }
 
 
 def letters(text: str) -> Labels:

@@ -1,8 +1,9 @@
 """One question with its media and its answer, and which of the two splits it belongs to.
 
 A task first drafts a sample: cheap, nothing is drawn yet. The draft's key says what the sample is
-about, its question left aside, and a hash of the key alone decides the split. So nothing that is
-held out is ever trained on, whatever the seed, the phrasing or the order.
+about, its question left aside, and a hash of the task and the key alone decides the split. So what
+a task holds out it never trains on, whatever the seed, the phrasing or the order. Another task may
+draw the same scene anew, with other shades, places and noise.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Held out are combinations of shape, colour and place: each of them is trained on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 
 from chiasm.training.data import probes
@@ -21,8 +22,10 @@ from chiasm.training.data.names import (
     SHAPES,
     Bilingual,
     Phrasings,
+    listed,
 )
 from chiasm.training.data.sample import Draft, Picture, Task
+from chiasm.training.data.texts import row
 
 CELL = 28
 SIDE = 3
@@ -66,7 +69,7 @@ _WHERE = Phrasings(
     ),
     zh=("{shape}在哪里？", "{shape}在图中的什么位置？", "请找到{shape}。"),
 )
-_RELATION = Phrasings(
+_WHICH_SIDE = Phrasings(
     en=(
         "Is the {shape} left of, right of, above or below the {other}?",
         "Where is the {shape}, seen from the {other}?",
@@ -79,22 +82,27 @@ _RELATION = Phrasings(
     ),
 )
 
-# Answers are sentences that name what was asked for first: what it is like is then found by the
-# word just said, where an answer of one word has to find both at once.
-IS_COLOUR = Bilingual("The {shape} is {colour}.", "{shape}是{colour}。")
-_IS_AT = Bilingual("The {shape} is {place}.", "{shape}在{place}。")
-_IS_BESIDE = Bilingual("The {shape} is {side} the {other}.", "{shape}在{other}的{side}。")
+# Whatever is asked of one shape is told of all of them first, as they are read: the answer is then
+# found in what was just said, by the shape's name.
+_COLOURS_ARE = Bilingual("Colours: {rows}.", "颜色：{rows}。")
+_SHAPES_LIE = Bilingual("Shapes: {rows}.", "图形：{rows}。")
+_SO_IT_IS = Bilingual("{told} So {shape} {value}.", "{told}所以{shape}{value}。")
 
-PLACES = {
-    0: Bilingual("at the top left", "左上"),
-    2: Bilingual("at the top right", "右上"),
-    4: Bilingual("in the centre", "中间"),
-    6: Bilingual("at the bottom left", "左下"),
-    8: Bilingual("at the bottom right", "右下"),
-}
+PLACES = (
+    Bilingual("northwest", "左上"),
+    Bilingual("north", "上方"),
+    Bilingual("northeast", "右上"),
+    Bilingual("west", "左侧"),
+    Bilingual("centre", "中间"),
+    Bilingual("east", "右侧"),
+    Bilingual("southwest", "左下"),
+    Bilingual("south", "下方"),
+    Bilingual("southeast", "右下"),
+)
+"""By cell of a picture of SIDE x SIDE cells."""
 SIDES = {
-    (-1, 0): Bilingual("left of", "左边"),
-    (1, 0): Bilingual("right of", "右边"),
+    (-1, 0): Bilingual("left", "左边"),
+    (1, 0): Bilingual("right", "右边"),
     (0, -1): Bilingual("above", "上面"),
     (0, 1): Bilingual("below", "下面"),
 }
@@ -155,19 +163,99 @@ def _draft_description(rng: Random) -> Draft:
     return _draft_alone(rng, _WHAT_IS_IT, "{colour} {shape}")
 
 
-def _draft_colour(rng: Random) -> Draft:
-    """Two shapes side by side: the question names one, so colours must be told apart by it."""
-    (shape, other), (colour, unasked) = rng.sample(SHAPES, 2), rng.sample(tuple(COLOURS), 2)
-    cell, away = rng.sample(range(2 * SIDE), 2)
-    placed = ((shape, colour, cell), (other, unasked, away))
-    return Draft(
-        key=placed,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A question about the first of two shapes. told: what is told of both before the answer."""
+
+    placed: tuple[Placed, Placed]
+    phrasings: Phrasings
+    told: Bilingual
+    value: Bilingual
+
+    @property
+    def answer(self) -> Bilingual:
+        """What is told of both, and what follows for the first."""
+        return _SO_IT_IS.filled(told=self.told, shape=self.fields["shape"], value=self.value)
+
+    @property
+    def fields(self) -> dict[str, Bilingual]:
+        """What the phrasings stand for."""
+        shape, other = (SHAPE_NAMES[name] for name, _, _ in self.placed)
+        return {"shape": shape, "other": other}
+
+    def drafted(self, *, rows: int) -> Draft:
+        """The question about a picture of SIDE x `rows` cells."""
+        return Draft(
+            key=self.placed,
+            phrasings=self.phrasings,
+            answer=self.answer,
+            fields=self.fields,
+            draw=lambda rng: (draw_cells(self.placed, rng, rows=rows),),
+            shows=probes.cells(self.placed, SIDE, rows),
+        )
+
+
+def told_colours(placed: Sequence[Placed]) -> Bilingual:
+    """The colour of each of them, in the order of the cells."""
+    rows = [row((SHAPE_NAMES[shape], COLOUR_NAMES[colour])) for shape, colour, _ in _read(placed)]
+    return _COLOURS_ARE.filled(rows=listed(rows))
+
+
+def told_places(placed: Sequence[Placed]) -> Bilingual:
+    """Where each of them is, in the order of the cells."""
+    rows = [row((SHAPE_NAMES[shape], PLACES[cell])) for shape, _, cell in _read(placed)]
+    return _SHAPES_LIE.filled(rows=listed(rows))
+
+
+def _read(placed: Sequence[Placed]) -> list[Placed]:
+    return sorted(placed, key=lambda each: each[2])
+
+
+def any_colour(rng: Random) -> Asked:
+    """The colour of one of two shapes, which have two."""
+    shapes, colours = rng.sample(SHAPES, 2), rng.sample(tuple(COLOURS), 2)
+    one, other = zip(shapes, colours, rng.sample(range(2 * SIDE), 2), strict=True)
+    return Asked(
+        placed=(one, other),
         phrasings=_WHAT_COLOUR,
-        answer=IS_COLOUR.filled(shape=SHAPE_NAMES[shape], colour=COLOUR_NAMES[colour]),
-        fields={"shape": SHAPE_NAMES[shape]},
-        draw=lambda rng: (draw_cells(placed, rng, rows=2),),
-        shows=probes.cells(placed, 2 * SIDE),
+        told=told_colours((one, other)),
+        value=COLOUR_NAMES[colours[0]],
     )
+
+
+def any_place(rng: Random) -> Asked:
+    """The place of one of two shapes."""
+    cells = rng.sample(range(SIDE**2), 2)
+    one, other = _any_shapes(cells, rng)
+    return Asked(
+        placed=(one, other),
+        phrasings=_WHERE,
+        told=told_places((one, other)),
+        value=PLACES[cells[0]],
+    )
+
+
+def any_beside(rng: Random) -> Asked:
+    """How one shape lies to another in its row or column, next to it or a cell away."""
+    across, down = rng.choice(tuple(SIDES))
+    line, (low, high) = rng.randrange(SIDE), sorted(rng.sample(range(SIDE), 2))
+    near, far = (low, high) if across + down < 0 else (high, low)
+    cells = [SIDE * line + at if across else SIDE * at + line for at in (near, far)]
+    one, other = _any_shapes(cells, rng)
+    return Asked(
+        placed=(one, other),
+        phrasings=_WHICH_SIDE,
+        told=told_places((one, other)),
+        value=SIDES[across, down],
+    )
+
+
+def _any_shapes(cells: Sequence[int], rng: Random) -> list[Placed]:
+    """Different shapes in these cells, of any colours."""
+    shapes = rng.sample(SHAPES, len(cells))
+    return [
+        (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
+    ]
 
 
 def _draft_count(rng: Random) -> Draft:
@@ -181,41 +269,7 @@ def _draft_count(rng: Random) -> Draft:
         answer=Bilingual.same(count),
         fields={"shape": SHAPE_NAMES[shape]},
         draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE**2),
-    )
-
-
-def _draft_place(rng: Random) -> Draft:
-    cell, away = rng.choice(tuple(PLACES)), rng.randrange(SIDE**2 - 1)
-    away += away >= cell
-    shape, other = rng.sample(SHAPES, 2)
-    placed = tuple((s, rng.choice(tuple(COLOURS)), c) for s, c in ((shape, cell), (other, away)))
-    return Draft(
-        key=placed,
-        phrasings=_WHERE,
-        answer=_IS_AT.filled(shape=SHAPE_NAMES[shape], place=PLACES[cell]),
-        fields={"shape": SHAPE_NAMES[shape]},
-        draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE**2),
-    )
-
-
-def _draft_relation(rng: Random) -> Draft:
-    """Two shapes in one row or in one column."""
-    across, down = rng.choice(tuple(SIDES))
-    line, (low, high) = rng.randrange(SIDE), sorted(rng.sample(range(SIDE), 2))
-    near, far = (low, high) if across + down < 0 else (high, low)
-    cells = [SIDE * line + at if across else SIDE * at + line for at in (near, far)]
-    shapes = rng.sample(SHAPES, 2)
-    placed = tuple((s, rng.choice(tuple(COLOURS)), c) for s, c in zip(shapes, cells, strict=True))
-    named = {"shape": SHAPE_NAMES[shapes[0]], "other": SHAPE_NAMES[shapes[1]]}
-    return Draft(
-        key=placed,
-        phrasings=_RELATION,
-        answer=_IS_BESIDE.filled(side=SIDES[across, down], **named),
-        fields=named,
-        draw=lambda rng: (draw_cells(placed, rng),),
-        shows=probes.cells(placed, SIDE**2),
+        shows=probes.cells(placed, SIDE, SIDE),
     )
 
 
@@ -223,10 +277,10 @@ TASKS = tuple(
     Task(name=name, threshold=0.98, draft=draft)
     for name, draft in (
         ("shape", _draft_shape),
-        ("colour", _draft_colour),
+        ("colour", lambda rng: any_colour(rng).drafted(rows=2)),
         ("description", _draft_description),
         ("count", _draft_count),
-        ("place", _draft_place),
-        ("relation", _draft_relation),
+        ("place", lambda rng: any_place(rng).drafted(rows=SIDE)),
+        ("relation", lambda rng: any_beside(rng).drafted(rows=SIDE)),
     )
 )

@@ -6,11 +6,10 @@ Held out are sums (two numbers and what is done with them), sets of facts, and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings, sentences
+from chiasm.training.data.names import COLOUR_NAMES, COLOURS, Bilingual, Phrasings, lines
 from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
@@ -33,28 +32,22 @@ PEOPLE = (
     Bilingual("Max", "小华"),
     Bilingual("Lily", "小兰"),
 )
-_HAS = Bilingual("{name} has {value} apples.", "{name}有{value}个苹果。")
-_LIKES = Bilingual("{name} likes {value}.", "{name}喜欢{value}。")
+NUMBERS = tuple(
+    Bilingual(name, str(number))
+    for number, name in enumerate(
+        ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    )
+)
+_ROW = Bilingual("{name} {value}", "{name}{value}")
+_APPLES, _COLOURS = Bilingual("apples", "苹果"), Bilingual("colour", "颜色")
 _HOW_MANY = Phrasings(
-    en=("{facts} How many apples does {name} have?", "{facts} What number of apples has {name}?"),
-    zh=("{facts}{name}有几个苹果？", "{facts}请问{name}有多少个苹果？"),
+    en=("{facts}\nHow many apples does {name} have?", "{facts}\nAnd the apples of {name}?"),
+    zh=("{facts}\n{name}的苹果是几个？", "{facts}\n请问{name}的苹果有多少个？"),
 )
 _WHICH_COLOUR = Phrasings(
-    en=(
-        "{facts} Which colour does {name} like?",
-        "{facts} What colour does {name} like?",
-    ),
-    zh=("{facts}{name}喜欢什么颜色？", "{facts}请问{name}喜欢哪种颜色？"),
+    en=("{facts}\nWhich colour does {name} like?", "{facts}\nAnd the colour of {name}?"),
+    zh=("{facts}\n{name}的颜色是什么？", "{facts}\n请问{name}的颜色是哪种？"),
 )
-ALL_NUMBERS = Phrasings(
-    en=("{facts} How many apples have {names}?",),
-    zh=("{facts}{names}各有几个苹果？",),
-)
-ALL_COLOURS = Phrasings(
-    en=("{facts} Which colours do they like: {names}?",),
-    zh=("{facts}{names}各喜欢什么颜色？",),
-)
-
 _FILLER = (
     Bilingual("The sun is warm today.", "今天阳光很暖和。"),
     Bilingual("A small dog runs in the park.", "一只小狗在公园里跑。"),
@@ -99,10 +92,16 @@ class Facts:
     def key(self) -> Key:
         return tuple((name.en, value.en) for name, value in self.pairs)
 
-    def told(self, pairs: Sequence[tuple[Bilingual, Bilingual]]) -> Bilingual:
-        """Some of them as sentences."""
-        form = _HAS if self.is_number else _LIKES
-        return sentences([form.filled(name=name, value=value) for name, value in pairs])
+    @property
+    def table(self) -> Bilingual:
+        """A row each below a head."""
+        return lines([_APPLES if self.is_number else _COLOURS, *map(row, self.pairs)])
+
+
+def row(pair: tuple[Bilingual, Bilingual]) -> Bilingual:
+    """A name and, right behind it, its value: what follows a name is found by the name alone."""
+    name, value = pair
+    return _ROW.filled(name=name, value=value)
 
 
 def any_facts(rng: Random) -> Facts:
@@ -110,7 +109,7 @@ def any_facts(rng: Random) -> Facts:
     people = rng.sample(PEOPLE, rng.randint(3, 5))
     is_number = rng.random() < 0.5
     values = (
-        [Bilingual.same(number) for number in rng.sample(range(10), len(people))]
+        rng.sample(NUMBERS, len(people))
         if is_number
         else [COLOUR_NAMES[colour] for colour in rng.sample(tuple(COLOURS), len(people))]
     )
@@ -118,13 +117,14 @@ def any_facts(rng: Random) -> Facts:
 
 
 def _draft_lookup(rng: Random) -> Draft:
+    """The answer is the row that was asked for."""
     facts = any_facts(rng)
     asked = rng.choice(facts.pairs)
     return Draft(
         key=facts.key,
         phrasings=_HOW_MANY if facts.is_number else _WHICH_COLOUR,
-        answer=facts.told([asked]),
-        fields={"facts": facts.told(facts.pairs), "name": asked[0]},
+        answer=row(asked),
+        fields={"facts": facts.table, "name": asked[0]},
     )
 
 
@@ -143,10 +143,8 @@ def _draft_copy(rng: Random) -> Draft:
     )
 
 
-LOOKUP = Task(name="lookup", threshold=0.98, draft=_draft_lookup)
-
 TASKS = (
     Task(name="sums", threshold=0.98, draft=_draft_sum),
-    LOOKUP,
+    Task(name="lookup", threshold=0.98, draft=_draft_lookup),
     Task(name="copy", threshold=0.98, draft=_draft_copy),
 )

@@ -1,8 +1,9 @@
 """The bundled model's tokenizer: the synthetic one's kind, learnt from what the tasks say.
 
 Its merges keep apart what must carry over from one sentence to another: digits are tokens of their
-own, capitals in a row are spelled letter by letter, and the names of shapes, colours and people
-never grow together with the words around them, as Chinese text, without spaces, would have it.
+own, capitals in a row are spelled letter by letter, and the names of shapes, colours, places and
+people never grow together with the words around them, as Chinese text, without spaces, would have
+it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from tokenizers import Tokenizer
 from chiasm.model import synth_tokenizer
 from chiasm.training.data.names import COLOUR_NAMES, SHAPE_NAMES, Language
 from chiasm.training.data.sample import Draft, Split
+from chiasm.training.data.scenes import PLACES, SIDES
 from chiasm.training.data.tasks import PRACTICE, TASKS
-from chiasm.training.data.texts import PEOPLE
+from chiasm.training.data.texts import NUMBERS, PEOPLE
 
 VOCAB_SIZE = 1024
 _DRAFTS_PER_TASK = 200
 _TEMPLATE = ("User: ", "Assistant: ", "Picture ", "Video ", "\n", "\n\n")
-_NAMES = (*COLOUR_NAMES.values(), *SHAPE_NAMES.values(), *PEOPLE)
+_RARE = tuple(f" {number.en}" for number in NUMBERS)
+"""Words that are to be whole although they come seldom."""
+_NAMES = (*COLOUR_NAMES.values(), *SHAPE_NAMES.values(), *PEOPLE, *PLACES, *SIDES.values())
 _BORDERS = re.compile(
     r"[A-Z]{2,}|[0-9]|(" + "|".join(sorted((name.zh for name in _NAMES), key=len)[::-1]) + ")"
 )
@@ -42,7 +46,7 @@ def corpus() -> Iterator[str]:
         for _ in range(_DRAFTS_PER_TASK):
             draft = task.draft(rng)
             if task.split_of(draft.key) is Split.TRAIN:
-                yield from _TEMPLATE
+                yield from (*_TEMPLATE, *_RARE)
                 for text in _texts(draft):
                     yield from filter(None, _BORDERS.split(text))
 
