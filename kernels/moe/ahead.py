@@ -7,9 +7,6 @@ import torch
 from chiasm.kernels.moe import configs, launch
 from chiasm.kernels.moe.reference import ShardWeights
 
-TILE_HEIGHTS = (16, 32, 64, 128)
-"""Of the default tiles: as many tokens per expert take each of them, and the way that is theirs."""
-
 
 def compile_ahead(
     weights: ShardWeights, *, top_k: int, dtype: torch.dtype, device: torch.device
@@ -20,7 +17,7 @@ def compile_ahead(
     """
     num_experts = weights.num_experts
     tuned = configs.load(launch.name_of(device))
-    sizes = {*TILE_HEIGHTS, *(n for tiles in tuned.values() for n in tiles)}
+    sizes = {*configs.HEIGHTS, *(n for tiles in tuned.values() for n in tiles)}
     spans = [1 << n for n in range(4, num_experts.bit_length())]
     for span in sorted({*spans, num_experts}):
         ends = sorted({weights.first, weights.first + span - 1})

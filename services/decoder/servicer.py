@@ -31,12 +31,9 @@ from chiasm.services.decoder.sequence import (
     TokenEvent,
 )
 from chiasm.telemetry import traces
-from chiasm.transport import interceptors, loads
+from chiasm.transport import handover, interceptors, loads
 from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, inference_pb2
-
-HANDOVER_TIMEOUT_S = 1.0
-"""How long a call waits for an earlier one with its id to end."""
 
 PROMPT_ROWS_BYTES = 1 << 30
 """Logits and log-probabilities of prompts that callers may not have read yet, all calls together; a
@@ -71,9 +68,11 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 "the decoder is draining", reason=errors.DRAINING, retry_after_s=1.0
             )
         wire.check(request, self._config)
-        await self._vacant(request.request_id)
+        await handover.vacated(self._calls, request.request_id)
+        if request.request_id in self._calls:
+            raise errors.AlreadyExists(f"request {request.request_id!r} is in flight")
         num_bytes = wire.prompt_rows_bytes(request, self._config)
-        self._calls[request.request_id] = _current_task()
+        self._calls[request.request_id] = handover.current_task()
         self._idle.clear()
         try:
             self._reserve(num_bytes)
@@ -127,19 +126,6 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         """Refuses new calls and returns when none is running."""
         self._is_draining = True
         await self._idle.wait()
-
-    async def _vacant(self, request_id: str) -> None:
-        """Returns when no other call has the id; waits for one that is just being given up.
-
-        A gateway that has lost its connection may be back before this side has noticed the loss.
-        Raises AlreadyExists when the other call stays.
-        """
-        end = time.monotonic() + HANDOVER_TIMEOUT_S
-        while other := self._calls.get(request_id):
-            left_s = end - time.monotonic()
-            if left_s <= 0:
-                raise errors.AlreadyExists(f"request {request_id!r} is in flight")
-            await asyncio.wait({other}, timeout=left_s)
 
     def _ready_engine(self) -> Engine:
         if self.engine is None:
@@ -229,12 +215,6 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             num_resumed=request.num_generated,
             trace_context=otel_context.get_current(),
         )
-
-
-def _current_task() -> asyncio.Task[object]:
-    task = asyncio.current_task()
-    assert task is not None  # every call has one
-    return task
 
 
 def _log(sequence: Sequence, reason: str, spent: inference_pb2.Timings) -> None:

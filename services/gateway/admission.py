@@ -7,11 +7,10 @@ the door is shut.
 
 from __future__ import annotations
 
-import asyncio
-
 import grpc
 
 from chiasm import errors
+from chiasm.transport import handover
 
 SPARE = 16
 """Calls above `max_in_flight` whose messages are read: those that ask for the model, and those that
@@ -41,10 +40,8 @@ class AdmissionGuard:
             raise full(f"{self._num_calls} requests are in flight", self._retry_after_s)
         # The call's own task: it ends with the call, also with one that is given up before its
         # message has come.
-        task = asyncio.current_task()
-        assert task is not None
+        handover.current_task().add_done_callback(self._ended)
         self._num_calls += 1
-        task.add_done_callback(self._ended)
 
     def _ended(self, _: object) -> None:
         self._num_calls -= 1

@@ -20,11 +20,8 @@ from chiasm.services.gateway.engine import Engine
 from chiasm.services.gateway.generation import usage_message
 from chiasm.services.gateway.observation import Observation
 from chiasm.services.gateway.validate import request_id
-from chiasm.transport import interceptors
+from chiasm.transport import handover, interceptors
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
-
-HANDOVER_TIMEOUT_S = 1.0
-"""How long a request waits for an earlier one with its id to end."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -35,7 +32,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self.engine: Engine | None = None
-        self._calls: dict[str, asyncio.Event] = {}  # by id; set when the call ends
+        self._calls: dict[str, asyncio.Task[object]] = {}
         self._media_bytes = 0
         self._is_draining = False
         self._idle = asyncio.Event()
@@ -54,7 +51,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = engine.validator.generation(request)
             structlog.contextvars.bind_contextvars(request_id=generation.request_id)
             observation.validated(generation)
-            await self._vacant(generation.request_id)
+            await handover.vacated(self._calls, generation.request_id)
             with self._slot(generation.request_id, generation.prompt):
                 async with _bounded(deadline):
                     responses = engine.generator.run(generation, observation, deadline)
@@ -118,16 +115,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         given = interceptors.request_id()
         return "" if given in self._calls else given
 
-    async def _vacant(self, call_id: str) -> None:
-        """Waits a moment for another call with the id to end, if there is one.
-
-        A client that has lost its connection may be back before this side has noticed the loss.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HANDOVER_TIMEOUT_S):
-                while other := self._calls.get(call_id):
-                    await other.wait()
-
     @contextlib.contextmanager
     def _slot(self, call_id: str, prompt: PromptInput) -> Iterator[None]:
         """A place among the calls in flight for an id that no other one has, and for its media."""
@@ -143,13 +130,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             )
         num_bytes = sum(source.num_bytes for source in prompt.media)
         self._check_room(num_bytes)
-        self._calls[call_id] = asyncio.Event()
+        self._calls[call_id] = handover.current_task()
         self._media_bytes += num_bytes
         self._idle.clear()
         try:
             yield
         finally:
-            self._calls.pop(call_id).set()
+            del self._calls[call_id]
             self._media_bytes -= num_bytes
             if not self._calls:
                 self._idle.set()

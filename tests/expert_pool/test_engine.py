@@ -59,6 +59,17 @@ class Engine(ExpertEngine):
         self.bank.take(shard)  # type: ignore[attr-defined]  # a stand-in
 
 
+def text_bank(config: ModelConfig) -> ExpertBank:
+    """Without a shard."""
+    return ExpertBank(
+        config,
+        modality=Modality.TEXT,
+        num_shards=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
 async def test_files_are_verified_once_for_all_shards(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,13 +89,7 @@ async def test_files_are_verified_once_for_all_shards(
 
     monkeypatch.setattr(manifest, "sha256", counted)
     config = ModelConfig.load(model)
-    bank = ExpertBank(
-        config,
-        modality=Modality.TEXT,
-        num_shards=4,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    bank = text_bank(config)
     engine = ExpertEngine(bank, model=model, config=config, verify=True)
     engine.worker.start()
     await engine.assign([0, 1], epoch=1)
@@ -98,13 +103,7 @@ def test_a_shard_is_held_once_its_kernels_are_compiled(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ModelConfig.load(tiny_checkpoint)
-    bank = ExpertBank(
-        config,
-        modality=Modality.TEXT,
-        num_shards=4,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    bank = text_bank(config)
     held: list[tuple[int, ...]] = []
     monkeypatch.setattr(experts, "compile_ahead", lambda *_, **__: held.append(bank.shards))
     with Checkpoint(tiny_checkpoint, config) as checkpoint:

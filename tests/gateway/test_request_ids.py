@@ -12,7 +12,7 @@ from gateway.test_validation import chat, text
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Started
-from chiasm.services.gateway import servicer
+from chiasm.transport import handover
 from chiasm.v1 import decoder_pb2
 
 DecodeEvents = AsyncIterator[decoder_pb2.DecodeEvent]
@@ -83,7 +83,7 @@ async def test_an_id_whose_first_call_ends_meanwhile(
     decoder: FakeDecoder, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a client has lost its connection, and comes back at once."""
-    monkeypatch.setattr(servicer, "HANDOVER_TIMEOUT_S", 15.0)
+    monkeypatch.setattr(handover, "TIMEOUT_S", 15.0)
     held = Held()
     decoder.scripts.append(held.script)
     first = client.generate("x", request_id="twin")

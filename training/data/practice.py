@@ -37,6 +37,7 @@ from chiasm.training.data.scenes import (
     any_beside,
     any_colour,
     any_place,
+    coloured,
     draw_cells,
     told_colours,
     told_places,
@@ -74,8 +75,6 @@ _RANKING = Phrasings(
     en=("Order the bars from the tallest to the shortest.", "Name the bars, the tallest first."),
     zh=("请从高到低说出柱子的颜色。", "柱子从高到低是哪些颜色？"),
 )
-
-
 _RETELL = Phrasings(
     en=("{rows}\nSay it in another order.", "{rows}\nShuffle it."),
     zh=("{rows}\n换个顺序再说一遍。", "{rows}\n请打乱顺序。"),
@@ -129,10 +128,7 @@ def _draft_places(rng: Random) -> Draft:
 def _any_scene(rng: Random, num_cells: int) -> tuple[Placed, ...]:
     """Two to four shapes in as many cells."""
     shapes = rng.sample(SHAPES, rng.randint(2, 4))
-    cells = rng.sample(range(num_cells), len(shapes))
-    return tuple(
-        (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
-    )
+    return coloured(shapes, rng.sample(range(num_cells), len(shapes)), rng)
 
 
 def _draft_letters(rng: Random) -> Draft:

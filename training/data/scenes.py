@@ -226,7 +226,7 @@ def any_colour(rng: Random) -> Asked:
 def any_place(rng: Random) -> Asked:
     """The place of one of two shapes."""
     cells = rng.sample(range(SIDE**2), 2)
-    one, other = _any_shapes(cells, rng)
+    one, other = coloured(rng.sample(SHAPES, 2), cells, rng)
     return Asked(
         placed=(one, other),
         phrasings=_WHERE,
@@ -241,7 +241,7 @@ def any_beside(rng: Random) -> Asked:
     line, (low, high) = rng.randrange(SIDE), sorted(rng.sample(range(SIDE), 2))
     near, far = (low, high) if across + down < 0 else (high, low)
     cells = [SIDE * line + at if across else SIDE * at + line for at in (near, far)]
-    one, other = _any_shapes(cells, rng)
+    one, other = coloured(rng.sample(SHAPES, 2), cells, rng)
     return Asked(
         placed=(one, other),
         phrasings=_WHICH_SIDE,
@@ -250,12 +250,11 @@ def any_beside(rng: Random) -> Asked:
     )
 
 
-def _any_shapes(cells: Sequence[int], rng: Random) -> list[Placed]:
-    """Different shapes in these cells, of any colours."""
-    shapes = rng.sample(SHAPES, len(cells))
-    return [
+def coloured(shapes: Sequence[str], cells: Sequence[int], rng: Random) -> tuple[Placed, ...]:
+    """Shapes in cells, of any colours."""
+    return tuple(
         (shape, rng.choice(tuple(COLOURS)), cell) for shape, cell in zip(shapes, cells, strict=True)
-    ]
+    )
 
 
 def _draft_count(rng: Random) -> Draft:

@@ -22,6 +22,9 @@ from chiasm.kernels.quant.formats import GROUP
 
 FOLDER = Path(__file__).parent
 
+HEIGHTS = (16, 32, 64, 128)
+"""block_m of the default tiles, each for as many tokens per expert."""
+
 Operation = Literal["gate_up", "down"]
 
 
@@ -75,9 +78,9 @@ def default_tile(problem: Problem, tokens_per_expert: int) -> Tile:
     """
     tokens = 1 << (tokens_per_expert - 1).bit_length()
     if problem.format in GROUPED:
-        block_m = min(32, max(16, tokens))
+        block_m = min(32, max(HEIGHTS[0], tokens))
         return Tile(block_m=block_m, block_n=64, block_k=GROUP, num_warps=8, num_stages=3)
-    block_m = min(128, max(16, tokens))
+    block_m = min(HEIGHTS[-1], max(HEIGHTS[0], tokens))
     narrow = max(1, problem.dtype.itemsize // 2)
     if block_m <= 32:
         return Tile(block_m=block_m, block_n=64, block_k=128 // narrow, num_warps=4, num_stages=4)

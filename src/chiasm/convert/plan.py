@@ -19,7 +19,6 @@ from chiasm.model.expert_weights import (
     TABLE_FILE,
     TABLE_LAYOUT,
     Bank,
-    check_width,
 )
 from chiasm.model.quantization import (
     STORED,
@@ -180,9 +179,7 @@ def make(source: Path, options: Options) -> Plan:
 def _bank(config: ModelConfig, quantization: Quantization, layer: int, modality: Modality) -> Bank:
     form = quantization.of(layer, modality)
     bank = Bank.to_encode(config, layer, modality, form)
-    for projection in (GATE_UP, DOWN):
-        _, k = bank.shape(projection)
-        check_width(form, k, f"{modality} experts' {projection}")
+    bank.check_widths()
     return bank
 
 

@@ -122,6 +122,12 @@ class Bank:
         """Of the file that we write the bank to."""
         return f"experts-{self.layer:03d}-{self.modality}.safetensors"
 
+    def check_widths(self) -> None:
+        """Raises InvalidArgument when its matrices cannot be stored in its format."""
+        for projection in (GATE_UP, DOWN):
+            _, k = self.shape(projection)
+            check_width(self.format, k, f"{self.modality} experts' {projection}")
+
     def layout(self) -> Layout:
         """The tensors of that file."""
         fields = FIELDS[self.format.precision]

@@ -26,7 +26,6 @@ from chiasm.model.expert_weights import (
     TABLE_LAYOUT,
     Bank,
     Field,
-    check_width,
 )
 from chiasm.model.quantization import STORED, ExpertFormat, Quantization
 from chiasm.model.stream import Layout, SafetensorsStream
@@ -71,10 +70,7 @@ def write_experts(
 
 def _write_bank(directory: Path, bank: Bank, seed: int, gain: Callable[[str], float]) -> Layout:
     precision, layout = bank.format.precision, bank.layout()
-    for projection in (GATE_UP, DOWN):
-        check_width(
-            bank.format, bank.shape(projection)[1], f"{bank.modality} experts' {projection}"
-        )
+    bank.check_widths()
     with SafetensorsStream(directory / bank.file_name, layout) as stream:
         for expert, projection in itertools.product(
             range(bank.config.text.num_experts), (GATE_UP, DOWN)
