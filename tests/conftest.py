@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import structlog
 import torch
+from groups import group
 from hypothesis import settings
 
 from chiasm.model.synth import synthesize
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+_NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, 2 // _NUM_WORKERS))
 settings.register_profile("chiasm", deadline=None)  # no test asserts how long something takes
 settings.load_profile("chiasm")
 if not torch.cuda.is_available():
@@ -33,6 +35,12 @@ for _schema in (
         _TORCHVISION.define(_schema)
     except RuntimeError:  # a matching torchvision has defined it
         continue
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads what is marked
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item.path)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -31,17 +32,19 @@ def _program(name: str) -> str:
     if found is not None:
         return found
     unpacked = CACHE / name
-    if not unpacked.exists():
-        try:
-            _unpack(unpacked)
-        except (OSError, subprocess.SubprocessError):
-            pytest.fail(f"{name} is missing: apt-get install prometheus", pytrace=False)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
+        if not unpacked.exists():
+            try:
+                _unpack(unpacked)
+            except (OSError, subprocess.SubprocessError):
+                pytest.fail(f"{name} is missing: apt-get install prometheus", pytrace=False)
     return str(unpacked)
 
 
 def _unpack(to: Path) -> None:
     """Takes a program out of the package, without installing it."""
-    CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         try:
             _run("apt-get", "download", "prometheus", cwd=folder)
