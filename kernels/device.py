@@ -22,7 +22,7 @@ def is_triton(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left; torch has a class for it, and words."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -30,7 +30,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and words in str(error)
 
 
-def is_device_lost(error: Exception) -> bool:
+def is_device_lost(error: BaseException) -> bool:
     """Whether a device failed in a way that it does not get over while the process lives: after a
     fault in a kernel CUDA answers every call with the same error, and soon."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)

@@ -105,6 +105,17 @@ class BlockPool:
             self._block_of[digest] = block
             self._digest_of[block] = digest
 
+    def forget(self, digest: bytes) -> None:
+        """Makes a block that is not to be trusted findable no more."""
+        block = self._block_of.pop(digest, None)
+        if block is None:
+            return
+        del self._digest_of[block]
+        if block in self._idle:
+            del self._idle[block]
+            self._is_free[block] = True
+            self._num_free += 1
+
     def release(self, blocks: Sequence[int]) -> None:
         """Gives up one reference to each block.
 
@@ -168,6 +179,13 @@ class BlockTable:
     @property
     def last(self) -> int | None:
         return self.blocks[-1] if self.blocks else None
+
+    def cut(self, length: int) -> list[int]:
+        """Takes off and returns the blocks behind the first `length`."""
+        kept, surplus = self.blocks[:length], self.blocks[length:]
+        self.blocks, self.runs = [], []
+        self.extend(kept)
+        return surplus
 
     def extend(self, blocks: Sequence[int]) -> None:
         """Appends blocks; those that continue the last run lengthen it."""

@@ -17,13 +17,13 @@ import structlog
 import torch
 
 from chiasm import errors
-from chiasm.kernels.device import is_device_lost
+from chiasm.kernels.device import is_device_lost, is_out_of_memory
 from chiasm.load import DecoderLoad
 from chiasm.pulse import Pulse
 from chiasm.services.decoder import spans
 from chiasm.services.decoder.forward import ForwardPass
 from chiasm.services.decoder.pools import ExpertPools, PoolFailed, PoolUnavailable
-from chiasm.services.decoder.sampler import Choice, choose, prompt_events
+from chiasm.services.decoder.sampler import PROMPT_ROWS, Choice, choose, prompt_events
 from chiasm.services.decoder.scheduler import Chunk, Schedule, Scheduler
 from chiasm.services.decoder.sequence import (
     FailedEvent,
@@ -38,6 +38,9 @@ from chiasm.types import Modality
 
 IDLE_WAIT_S = 0.05
 """How often an engine that has only parked requests looks whether their pool is back."""
+
+TIDY_S = 1.0
+"""How often an engine without requests lets its pools see to what has arrived."""
 
 log = structlog.get_logger()
 
@@ -70,7 +73,7 @@ class Engine:
         self._park_timeout_ns = int(park_timeout_s * 1e9)
         self._inbox: deque[Sequence] = deque()
         self._wake = threading.Condition()
-        self._stopped = False
+        self._stopped = self._is_lost = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.steps = 0
         self.pulse = Pulse()
@@ -95,6 +98,8 @@ class Engine:
         with self._wake:
             if self._stopped:
                 raise errors.Unavailable("the decoder is stopping", retry_after_s=1.0)
+            if self._is_lost:  # failing at once, it would look like the least busy one
+                raise errors.Unavailable("the device is lost")
             self._inbox.append(sequence)
             self.pulse.begin()
             self._wake.notify()
@@ -138,38 +143,45 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                if not self._stopped and not self._inbox and not any(self._scheduler):
+                if not self._stopped and not self._has_work():
                     self.pulse.rest()
-                    self._wake.wait()
+                    self._wake.wait(TIDY_S)
                 if self._stopped:
                     break
-            self.pulse.beat()
-            self._take_in()
             try:
+                if not self._has_work():
+                    self._pools.tidy()
+                    continue
+                self.pulse.beat()
+                self._take_in()
                 progressed = self._step()
             except Exception as error:
-                if is_device_lost(error):
-                    self.pulse.end()
-                ids = [sequence.request_id for sequence in self._scheduler]
-                log.exception("step_failed", request_ids=ids)
-                self._fail_all(errors.Internal("the engine failed; the log has the request id"))
+                self._step_failed(list(self._scheduler), error)
                 continue
             if not progressed:
                 with self._wake:
-                    self._wake.wait(IDLE_WAIT_S)
+                    if not self._inbox:
+                        self._wake.wait(IDLE_WAIT_S)
         self._take_in()
-        self._fail_all(errors.Unavailable("the decoder is stopping", retry_after_s=1.0))
+        for sequence in list(self._scheduler):
+            self._fail(sequence, errors.Unavailable("the decoder is stopping", retry_after_s=1.0))
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or any(self._scheduler)
 
     def _take_in(self) -> None:
-        """Moves arrivals to the scheduler and takes the aborted out."""
+        """Takes the aborted out and moves arrivals to the scheduler."""
+        for sequence in [s for s in self._scheduler if s.aborted]:
+            self._end(sequence)
         while self._inbox:
             sequence = self._inbox.popleft()
+            if sequence.aborted:
+                self._end(sequence)
+                continue
             try:
                 self._scheduler.add(sequence)
             except errors.ResourceExhausted as error:
                 sequence.sink(FailedEvent(error=error))
-        for sequence in [s for s in self._scheduler if s.aborted]:
-            self._end(sequence)
 
     def _step(self) -> bool:
         """One step; False when nothing could run."""
@@ -192,6 +204,9 @@ class Engine:
             return False
         except PoolFailed as error:
             self._give_up(schedule.chunks, error)
+            return True
+        except Exception as error:
+            self._step_failed([chunk.sequence for chunk in schedule.chunks], error)
             return True
         waited = {m: ns - waits_before[m] for m, ns in self._pools.wait_ns.items()}
         # Before anybody hears of the step, so that whoever has its answer finds it counted.
@@ -236,10 +251,12 @@ class Engine:
             # A preempted request computes rows again that were sent before.
             start = max(chunk.start, sequence.num_logits_sent)
             if sequence.needs_prompt_rows and start < stop:
-                wanted = hidden[row + start - chunk.start : row + stop - chunk.start]
-                logits = self._forward_pass.model.logits(wanted)
-                for event in prompt_events(sequence, start, logits):
-                    sequence.sink(event)
+                first = row - chunk.start
+                for at in range(start, stop, PROMPT_ROWS):
+                    rows = hidden[first + at : first + min(at + PROMPT_ROWS, stop)]
+                    logits = self._forward_pass.model.logits(rows)
+                    for event in prompt_events(sequence, at, logits):
+                        sequence.sink(event)
                 sequence.num_logits_sent = stop
             row += chunk.num_tokens
 
@@ -266,6 +283,8 @@ class Engine:
         """Gives a sequence its next tokens, up to one that ends the answer or cannot be had."""
         for choice in choices:
             if choice.error is not None:
+                if isinstance(choice.error, errors.Internal):
+                    self._scheduler.forget(sequence)
                 self._fail(sequence, choice.error)
                 return
             if not sequence.timings.first_token:
@@ -294,9 +313,25 @@ class Engine:
         self._end(sequence, error)
         sequence.sink(FailedEvent(error=error))
 
-    def _fail_all(self, error: errors.ChiasmError) -> None:
-        for sequence in list(self._scheduler):
-            self._fail(sequence, error)
+    def _step_failed(self, sequences: list[Sequence], error: BaseException) -> None:
+        """After an exception nobody has foreseen: the sequences of the step fail.
+
+        All do when the device is lost: nothing can be computed here any more, while to another
+        decoder nothing is wrong. What may go well there fails as Unavailable.
+        """
+        ids = [sequence.request_id for sequence in sequences]
+        log.error("step_failed", request_ids=ids, exc_info=error)
+        failure: errors.ChiasmError
+        if is_device_lost(error):
+            self._is_lost = True
+            self.pulse.end()
+            failure, sequences = errors.Unavailable("the device is lost"), list(self._scheduler)
+        elif is_out_of_memory(error):
+            failure = errors.Unavailable("the decoder is out of memory")
+        else:
+            failure = errors.Internal("the engine failed; the log has the request id")
+        for sequence in sequences:
+            self._fail(sequence, failure)
 
     def _park(self, chunks: tuple[Chunk, ...], error: PoolUnavailable, start: int) -> None:
         """After a step that a pool failed: its requests wait for the pool, the others go on."""
@@ -312,6 +347,9 @@ class Engine:
     def _give_up(self, chunks: tuple[Chunk, ...], error: PoolFailed) -> None:
         """After a step that a pool cannot compute: its requests fail, the others go on."""
         failed = [c.sequence for c in chunks if error.modality in c.modalities]
+        if error.__cause__ is not None and is_device_lost(error.__cause__):
+            self._step_failed(failed, error.__cause__)
+            return
         ids = [sequence.request_id for sequence in failed]
         log.error("pool_failed", modality=error.modality, request_ids=ids, exc_info=error)
         for sequence in failed:

@@ -42,6 +42,10 @@ class Pool(Protocol):
 
     def begin(self, dispatch: Dispatch) -> Answer: ...
 
+    def tidy(self) -> None:
+        """Sees to what has arrived; called now and then while nothing is asked of the pool."""
+        ...
+
 
 class ExpertPools:
     """Both pools; an Experts for the model. Called from the engine's thread only.
@@ -57,6 +61,11 @@ class ExpertPools:
     def covered(self) -> frozenset[Modality]:
         """The pools that can answer now."""
         return frozenset(m for m, pool in self._pools.items() if pool.is_covered)
+
+    def tidy(self) -> None:
+        """Lets the pools see to what has arrived while nothing is asked of them."""
+        for pool in self._pools.values():
+            pool.tidy()
 
     def begin(self, dispatch: Dispatch) -> PendingPartials:
         return _Pending(dispatch.modality, self._pools[dispatch.modality].begin(dispatch), self)
@@ -94,6 +103,9 @@ class LocalPool:
 
     def begin(self, dispatch: Dispatch) -> Future[list[Partial]]:
         return self._thread.submit(self._run, dispatch)
+
+    def tidy(self) -> None:
+        """Nothing arrives."""
 
     def _run(self, dispatch: Dispatch) -> list[Partial]:
         try:

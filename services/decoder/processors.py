@@ -37,6 +37,9 @@ class Processors:
         self._matcher: Matcher | None = sequence.matcher.fresh() if sequence.matcher else None
         self._thought = Thought(sampling)
         self._stop_ids = torch.tensor(sorted(sampling.stop_token_ids), device=device).long()
+        # A thought may be ended, though what follows it may not.
+        ending = sorted(sampling.stop_token_ids - {*sampling.think_end_ids})
+        self._answer_stop_ids = torch.tensor(ending, device=device).long()
         self._bias_ids = torch.tensor([i for i, _ in sampling.logit_bias], device=device).long()
         self._bias = torch.tensor([bias for _, bias in sampling.logit_bias], device=device)
         self._penalties = (
@@ -72,8 +75,10 @@ class Processors:
         if self._matcher and not is_waiting:
             row.masked_fill_(~self._matcher.allowed().to(row.device), _MINUS_INF)
         # An answer that must have a form cannot end before it has begun.
-        if is_waiting or self._num_seen < self._sampling.min_tokens:
+        if self._num_seen < self._sampling.min_tokens:
             row[self._stop_ids] = _MINUS_INF
+        elif is_waiting:
+            row[self._answer_stop_ids] = _MINUS_INF
         if self._sampling.logit_bias:
             row[self._bias_ids] += self._bias
         if self._penalties:
@@ -140,4 +145,5 @@ class Thought:
         """The token that must come next because the budget is used up, if so."""
         if not self.is_open or self._budget is None or self._num_tokens < self._budget:
             return None
-        return self._end_ids[self._num_tokens - self._budget]
+        # A thought that another decoder let grow past its budget is ended at once.
+        return self._end_ids[min(self._num_tokens - self._budget, len(self._end_ids) - 1)]

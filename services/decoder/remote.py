@@ -68,13 +68,17 @@ class RemotePool:
 
     def begin(self, dispatch: Dispatch) -> Flight:
         """Sends a dispatch off. Raises PoolUnavailable while no server is known."""
-        self.inbox.handle_posted()
-        self._expire(time.monotonic())
+        self.tidy()
         placement = self.placement
         if not placement.num_shards:
             raise PoolUnavailable(self._modality, f"the {self._modality} pool has no servers")
         work = Work(dispatch, placement.shard_of, placement.num_shards)
         return Flight(self, work, timeout_s=self._settings.timeout_s)
+
+    def tidy(self) -> None:
+        """Sees to what has arrived, and to servers that are silent."""
+        self.inbox.handle_posted()
+        self._expire(time.monotonic())
 
     async def close(self) -> None:
         """Closes the links. The engine must have ended."""

@@ -22,8 +22,8 @@ from chiasm.services.decoder.sequence import (
     Sequence,
 )
 
-_ROWS_AT_ONCE = 64
-"""Prompt positions whose log-probabilities are computed together: bounds the extra memory."""
+PROMPT_ROWS = 64
+"""Prompt positions whose logits are computed together: bounds the extra memory."""
 
 
 class Choice(NamedTuple):
@@ -119,9 +119,7 @@ def prompt_events(
     count = sequence.sampling.prompt_logprobs
     if count is None:
         return
-    stop = min(start + len(logits), sequence.num_prompt - 1)
-    for first in range(start, stop, _ROWS_AT_ONCE):
-        last = min(first + _ROWS_AT_ONCE, stop)
-        ids = sequence.token_ids[first + 1 : last + 1]
-        ranked = rank(logits[first - start : last - start], ids, [count] * len(ids))
-        yield PromptLogprobsEvent(offset=first + 1, tokens=tuple(ranked))
+    ids = sequence.token_ids[start + 1 : min(start + 1 + len(logits), sequence.num_prompt)]
+    if ids:
+        ranked = rank(logits[: len(ids)], ids, [count] * len(ids))
+        yield PromptLogprobsEvent(offset=start + 1, tokens=tuple(ranked))

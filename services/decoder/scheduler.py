@@ -1,9 +1,10 @@
 """Which tokens run in the next step, and whose keys and values get which blocks.
 
 A pure data structure: no torch, no clock, no threads. Requests are served by priority, then by
-arrival. A request is admitted when the blocks of all its tokens are there; while it decodes it
-takes blocks as it grows. When none are left, the request that came last gives its blocks back and
-waits; it is computed again later, from the prefix cache where that still has its beginning.
+arrival. A request is admitted when the blocks of all its tokens are there, or when less urgent ones
+have them; while it decodes it takes blocks as it grows. When none are left, the request that came
+last gives its blocks back and waits; it is computed again later, from the prefix cache where that
+still has its beginning.
 
 A request whose answer is not read stands still, and gives its blocks back to whoever needs them.
 
@@ -100,7 +101,8 @@ class Scheduler:
 
     def check_room(self, num_coming: int = 0) -> None:
         """Raises ResourceExhausted when the queue is full once `num_coming` others are in it."""
-        if len(self.waiting) + num_coming >= self._max_waiting:
+        num_free = max(0, self.max_running - len(self.running))  # no place in the queue is theirs
+        if len(self.waiting) + num_coming >= self._max_waiting + num_free:
             raise errors.ResourceExhausted("the decoder's queue is full", retry_after_s=1.0)
 
     def add(self, sequence: Sequence) -> None:
@@ -127,6 +129,8 @@ class Scheduler:
 
     def schedule(self, pools: frozenset[Modality]) -> Schedule:
         """The next step, given the pools that can answer now."""
+        for sequence in self.running:
+            self._give_back(sequence)
         behind = {s for s in self if s.is_behind()}
         idle = [
             s for s in self.running if s in behind or not self._can_run(s, s.num_computed, pools)
@@ -159,6 +163,12 @@ class Scheduler:
             self.blocks.seal(sequence.table.blocks[index], digests[index])
         sequence.num_sealed = max(sequence.num_sealed, num_full)
 
+    def forget(self, sequence: Sequence) -> None:
+        """Lets nobody find what the sequence has computed: its keys and values are unsound, or
+        those that it found were."""
+        for digest in sequence.digests:
+            self.blocks.forget(digest)
+
     def _can_run(self, sequence: Sequence, start: int, pools: frozenset[Modality]) -> bool:
         """Whether the pools are there that a step from token `start` on may need."""
         if len(pools) == len(Modality):
@@ -176,13 +186,15 @@ class Scheduler:
         """Moves waiting sequences to the batch, strictly in order, while there is room for them.
 
         Those `behind` and those whose pool is away are passed over, and those `stuck` in the batch
-        give way: nobody waits for a pool or a reader that is not his. Returns who was admitted and
-        who was passed over for a pool.
+        give way: nobody waits for a pool or a reader that is not his. So do less urgent ones.
+        Returns who was admitted and who was passed over for a pool.
         """
         admitted: list[Sequence] = []
         passed_over: list[Sequence] = []
         for sequence in tuple(self.waiting):
-            if len(self.running) >= self.max_running and not stuck:
+            first = bisect.bisect_right(self.running, sequence.priority, key=lambda s: s.priority)
+            yielding = [*(s for s in self.running[first:] if s not in stuck), *stuck]
+            if len(self.running) >= self.max_running and not yielding:
                 break
             if sequence in behind:
                 continue
@@ -190,10 +202,11 @@ class Scheduler:
             if not self._can_run(sequence, len(cached) * self.blocks.block_size, pools):
                 passed_over.append(sequence)
                 continue
-            if not self._has_room(sequence, cached, without=stuck):
+            if not self._has_room(sequence, cached, without=yielding):
                 break
             while not self._has_room(sequence, cached):
-                self._preempt(stuck.pop(), preempted)
+                self._preempt(yielding.pop(), preempted)
+            stuck[:] = [s for s in stuck if s not in preempted]
             self._begin(sequence, cached)
             admitted.append(sequence)
         return admitted, passed_over
@@ -267,6 +280,12 @@ class Scheduler:
         if missing > 0:
             table.extend(self.blocks.allocate(missing, after=table.last))
 
+    def _give_back(self, sequence: Sequence) -> None:
+        """Gives up the blocks of guesses that were wrong."""
+        num_needed = self._num_blocks(len(sequence.token_ids))
+        if len(sequence.table) > num_needed:
+            self.blocks.release(sequence.table.cut(num_needed))
+
     def _preempt(self, victim: Sequence, preempted: list[Sequence]) -> None:
         """Puts a sequence of the batch back to where it waits."""
         self.running.remove(victim)
@@ -315,12 +334,12 @@ def _share(prefills: list[Sequence], budget: int) -> Iterator[Chunk]:
     if not prefills or not budget:
         return
     first, *others = prefills
-    shares = {id(first): min(first.num_pending, budget - budget // 2 if others else budget)}
-    left = budget - shares[id(first)]
+    shares = {first: min(first.num_pending, budget - budget // 2 if others else budget)}
+    left = budget - shares[first]
     for sequence in sorted(others, key=lambda s: s.num_pending):
-        shares[id(sequence)] = min(sequence.num_pending, left)
-        left -= shares[id(sequence)]
-    shares[id(first)] = min(first.num_pending, shares[id(first)] + left)
+        shares[sequence] = min(sequence.num_pending, left)
+        left -= shares[sequence]
+    shares[first] = min(first.num_pending, shares[first] + left)
     for sequence in prefills:
-        if num_tokens := shares[id(sequence)]:
+        if num_tokens := shares[sequence]:
             yield Chunk(sequence=sequence, start=sequence.num_computed, num_tokens=num_tokens)

@@ -91,6 +91,10 @@ def _check_sampling(request: decoder_pb2.DecodeRequest, num_prompt: int, limit: 
         raise errors.InvalidArgument("sampling.temperature", "must be finite and at least 0")
     if wire.HasField("repetition_penalty") and not 0 < wire.repetition_penalty < math.inf:
         raise errors.InvalidArgument("sampling.repetition_penalty", "must be finite and above 0")
+    if wire.HasField("top_p") and not 0 < wire.top_p <= 1:
+        raise errors.InvalidArgument("sampling.top_p", "must be above 0 and at most 1")
+    if not 0 <= wire.min_p <= 1:
+        raise errors.InvalidArgument("sampling.min_p", "must lie between 0 and 1")
 
 
 def prompt_rows_bytes(request: decoder_pb2.DecodeRequest, config: ModelConfig) -> int:

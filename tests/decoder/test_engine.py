@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,15 +11,25 @@ import pytest
 import torch
 from decoder.test_scheduler import ALL, IMAGE_ID, scheduler, sequence
 
+from chiasm import errors
 from chiasm.model.moe import Dispatch
 from chiasm.services.decoder.engine import Engine
 from chiasm.services.decoder.pools import LocalPool, PoolFailed
+from chiasm.services.decoder.sampler import PROMPT_ROWS
 from chiasm.services.decoder.scheduler import Chunk
-from chiasm.services.decoder.sequence import Event, FailedEvent, Sequence, TokenEvent
+from chiasm.services.decoder.sequence import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    PromptLogprobsEvent,
+    Sequence,
+    TokenEvent,
+)
 from chiasm.services.decoder.speculation import Drafts
 from chiasm.types import Modality
 
 VOCABULARY = 200
+POOLS: Any = SimpleNamespace(covered=lambda: ALL, wait_ns=dict.fromkeys(Modality, 0))
 
 
 class Model:
@@ -25,16 +37,19 @@ class Model:
 
     def __init__(self) -> None:
         self.answer = 7
-        self.failure: PoolFailed | None = None
+        self.failure: Exception | None = None
+        self.num_rows: list[int] = []
         self.model = self
 
     def run(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
         needed = frozenset[Modality]().union(*(chunk.modalities for chunk in chunks))
-        if self.failure is not None and self.failure.modality in needed:
+        is_hit = not isinstance(self.failure, PoolFailed) or self.failure.modality in needed
+        if self.failure is not None and is_hit:
             raise self.failure
         return torch.zeros(sum(chunk.num_tokens for chunk in chunks), 2)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.num_rows.append(len(hidden))
         found = torch.zeros(len(hidden), VOCABULARY)
         found[:, self.answer] = 50.0
         return found
@@ -47,8 +62,7 @@ def model() -> Model:
 
 @pytest.fixture
 def engine(model: Any) -> Engine:
-    pools: Any = SimpleNamespace(covered=lambda: ALL, wait_ns=dict.fromkeys(Modality, 0))
-    return Engine(model, scheduler(64), pools, park_timeout_s=60)
+    return Engine(model, scheduler(64), POOLS, park_timeout_s=60)
 
 
 def submitted(engine: Engine, given: Sequence) -> list[Event]:
@@ -84,6 +98,105 @@ def test_a_pool_of_this_process_fails_like_any_other() -> None:
     with pytest.raises(PoolFailed) as caught:
         answer.result(20)
     assert caught.value.modality is Modality.VISION
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (RuntimeError("a defect"), errors.Internal),
+        (torch.OutOfMemoryError("out of memory"), errors.Unavailable),
+    ],
+)
+def test_a_step_that_fails_takes_along_nobody_else(
+    model: Any, failure: Exception, expected: type[errors.ChiasmError]
+) -> None:
+    engine = Engine(model, scheduler(64, max_running=1), POOLS, park_timeout_s=60)
+    first, second = submitted(engine, sequence(5, 2)), submitted(engine, sequence(5, 1))
+    model.failure = failure
+    assert engine._step()
+    (failed,) = first
+    assert isinstance(failed, FailedEvent)
+    assert type(failed.error) is expected
+    model.failure = None
+    assert engine._step()
+    assert [type(event) for event in second] == [TokenEvent, FinishedEvent]
+    assert engine.pulse.stalled_s() < math.inf
+
+
+@pytest.mark.parametrize("is_colocated", [False, True])
+def test_a_lost_device_is_a_matter_for_another_decoder(
+    engine: Engine, model: Model, is_colocated: bool
+) -> None:
+    """Nobody's answer ends for it, and nobody comes to a decoder that would fail at once."""
+    running, waiting = submitted(engine, sequence(5, 2)), submitted(engine, sequence(5, 2))
+    model.failure = torch.AcceleratorError("CUDA error: an illegal memory access")
+    if is_colocated:
+        pool_failed = PoolFailed(Modality.TEXT)
+        pool_failed.__cause__, model.failure = model.failure, pool_failed
+    assert engine._step()
+    for (event,) in (running, waiting):
+        assert isinstance(event, FailedEvent)
+        assert isinstance(event.error, errors.Unavailable)
+        assert event.error.reason == errors.Unavailable.default_reason
+    assert engine.pulse.stalled_s() == math.inf
+    with pytest.raises(errors.Unavailable):
+        engine.submit(sequence(5, 2))
+    assert engine.load().kv_tokens_used == 0
+
+
+def test_what_a_spoiled_request_has_computed_is_not_found_again(
+    engine: Engine, model: Model
+) -> None:
+    """Keys and values of a prefix that many share would spoil them all, until it is evicted."""
+    logits = model.logits
+    model.logits = lambda hidden: logits(hidden) * torch.nan  # type: ignore[method-assign]
+    events = submitted(engine, sequence(40, 2))
+    while not events:
+        engine._step()
+    assert isinstance(events[0], FailedEvent)
+    model.logits = logits  # type: ignore[method-assign]
+    again = sequence(40, 1)
+    events = submitted(engine, again)
+    while not events:
+        engine._step()
+    assert isinstance(events[0], TokenEvent)
+    assert again.num_cached == 0
+    engine._scheduler.blocks.check()
+
+
+def test_logits_of_a_prompt_are_computed_bit_by_bit(model: Any) -> None:
+    """A chunk of a large step would take gigabytes with a large vocabulary."""
+    engine = Engine(model, scheduler(100, max_step_tokens=190), POOLS, park_timeout_s=60)
+    asked = sequence([n % VOCABULARY for n in range(300)], 1)
+    asked.sampling = replace(asked.sampling, prompt_logprobs=0)
+    events = submitted(engine, asked)
+    while not any(isinstance(event, FinishedEvent) for event in events):
+        engine._step()
+    told = [event for event in events if isinstance(event, PromptLogprobsEvent)]
+    places = [event.offset + i for event in told for i in range(len(event.tokens))]
+    assert places == list(range(1, 300))
+    ids = [token.token_id for event in told for token in event.tokens]
+    assert ids == asked.token_ids[1:300]
+    assert max(model.num_rows) <= PROMPT_ROWS
+
+
+def test_as_many_arrive_at_once_as_have_a_place(model: Any) -> None:
+    target = scheduler(64, max_running=4, max_waiting=1)
+    engine = Engine(model, target, POOLS, park_timeout_s=60)
+    asked = [sequence(5, 9) for _ in range(5)]
+    heard: list[Event] = []
+    for each in asked:
+        each.sink = heard.append
+        engine.submit(each)
+    engine._take_in()
+    engine._step()
+    assert len(target.running) == 4
+    # One that has gone leaves its place in the queue at once.
+    asked[-1].aborted = True
+    engine.submit(sequence(5, 9))
+    engine._take_in()
+    assert not [event for event in heard if isinstance(event, FailedEvent)]
+    assert len(target.waiting) == 1
 
 
 class Two:

@@ -50,7 +50,7 @@ def held() -> Held:
 
 @pytest.fixture
 def pool() -> Any:
-    return SimpleNamespace(is_covered=True)
+    return SimpleNamespace(is_covered=True, tidy=lambda: None)
 
 
 @pytest.fixture
@@ -87,6 +87,14 @@ def test_an_engine_whose_device_is_lost_is_not_alive_any_more(engine: Engine, he
     engine.submit(asked)
     assert failed.wait(WAIT_S)
     assert engine.pulse.stalled_s() == math.inf
+
+
+def test_pools_see_to_what_arrives_while_nobody_asks(engine: Engine, pool: Any) -> None:
+    """A server that comes and goes would leave lanes open until the next request."""
+    seen = threading.Event()
+    pool.tidy = seen.set
+    assert seen.wait(WAIT_S)
+    assert engine.pulse.stalled_s() == 0
 
 
 def test_requests_that_wait_for_a_pool_do_not_stall_it(engine: Engine, pool: Any) -> None:

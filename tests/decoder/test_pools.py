@@ -83,7 +83,7 @@ async def test_answers_are_waited_for_in_any_order(tiny_checkpoint: Path, lane: 
 @ways
 async def test_a_slow_server_is_hedged(tiny_checkpoint: Path, lane: bool) -> None:
     async with pool_of(
-        tiny_checkpoint, ALL, ALL, lane=lane, hedge_budget=0.05, hedge_after_s=0.05
+        tiny_checkpoint, ALL, ALL, lane=lane, hedge_budget=0.05, hedge_after_s=0.5
     ) as pool:
         slow, _ = pool.servers
         slow.bank.hook = sleep(STUCK_S)
@@ -98,7 +98,7 @@ async def test_a_slow_server_is_hedged(tiny_checkpoint: Path, lane: bool) -> Non
 
 async def test_only_the_late_part_is_hedged(tiny_checkpoint: Path) -> None:
     async with pool_of(
-        tiny_checkpoint, LOW, HIGH, ALL, hedge_budget=1.0, hedge_after_s=0.05
+        tiny_checkpoint, LOW, HIGH, ALL, hedge_budget=1.0, hedge_after_s=0.5
     ) as pool:
         for server in pool.servers[:2]:
             server.bank.hook = sleep(STUCK_S)

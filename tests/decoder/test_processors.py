@@ -127,6 +127,20 @@ def test_a_thought_that_ended_by_itself_is_not_ended_again() -> None:
     assert torch.equal(processed(owner, logits(6)), logits(6))
 
 
+def test_a_thought_that_has_outgrown_its_budget_ends_at_once() -> None:
+    """As when it comes from a decoder that knew of no budget."""
+    owner = sequence([1], [9] * 7, think_end_ids=(40, 41), thinking_budget=2)
+    assert int(processed(owner, logits(6)).argmax()) == 41
+
+
+def test_a_thought_may_end_with_a_token_that_stops_an_answer(grammars: Grammars) -> None:
+    matcher = grammars.matcher(LLMatcher.grammar_from_regex("yes|no"))
+    owner = sequence(matcher=matcher, stop_token_ids=EOS | {40}, think_end_ids=(40,))
+    row = processed(owner, logits(6))
+    assert row[40].isfinite()
+    assert not row[[*EOS]].isfinite().any()
+
+
 def test_without_a_thought_the_budget_has_no_effect() -> None:
     assert torch.equal(processed(sequence(thinking_budget=0), logits(6)), logits(6))
 

@@ -306,6 +306,45 @@ def test_priority_goes_before_arrival() -> None:
     assert [c.sequence for c in machine.step().chunks] == [late]
 
 
+@pytest.mark.parametrize(("max_running", "num_blocks"), [(1, 40), (4, 5)])
+def test_less_urgent_requests_make_room(max_running: int, num_blocks: int) -> None:
+    """In the batch as in the cache; equals do not."""
+    target = scheduler(num_blocks, max_running=max_running)
+    machine = Machine(target)
+    patient, equal = sequence([2] * 9, 6, priority=1), sequence([3] * 9, 6, priority=1)
+    target.add(patient)
+    machine.step()
+    target.add(equal)
+    assert not machine.step().preempted
+    urgent = sequence([4] * 9, 6)
+    target.add(urgent)
+    schedule = machine.step()
+    assert schedule.preempted == (patient,)
+    assert schedule.admitted == (urgent,)
+    while any(target):
+        assert not machine.step().preempted
+    assert [seq.num_generated for seq in (patient, equal, urgent)] == [6, 6, 6]
+
+
+def test_wrong_guesses_give_their_blocks_back() -> None:
+    class Wrong:
+        def draft(self, _: Sequence, room: int) -> tuple[int, ...]:
+            return (99,) * min(room, 5)
+
+    target = scheduler(12, block_size=1, drafter=Wrong())
+    machine, first = Machine(target), sequence([1] * 3, 9)
+    target.add(first)
+    machine.step()
+    machine.step()
+    assert target.blocks.num_held == 3 + 1 + 5
+    target._drafter = None
+    machine.step()
+    assert target.blocks.num_held == 3 + 2
+    target.add(sequence([2] * 6, 1))
+    assert not machine.step().preempted, "there is room for both"
+    assert len(target.running) + len(target.waiting) == 1
+
+
 def test_first_come_first_admitted() -> None:
     """A request that would fit does not overtake one that has to wait for room."""
     target = scheduler(12)
@@ -318,14 +357,22 @@ def test_first_come_first_admitted() -> None:
 
 
 def test_what_can_never_run_is_refused_at_once() -> None:
-    target = scheduler(4, max_waiting=1)
+    target = scheduler(4)
     with pytest.raises(errors.ResourceExhausted) as raised:
         target.add(sequence(10, 7))
     assert raised.value.retry_after_s is None
     target.add(sequence(10, 6))
+
+
+def test_the_queue_is_bounded_beside_those_that_have_a_place() -> None:
+    target = scheduler(40, max_running=2, max_waiting=1)
+    for _ in range(3):
+        target.add(sequence(1, 1))
     with pytest.raises(errors.ResourceExhausted) as raised:
         target.add(sequence(1, 1))
     assert raised.value.retry_after_s
+    Machine(target).step()
+    target.add(sequence(1, 1))
 
 
 def test_requests_that_need_an_absent_pool_are_parked_and_others_run() -> None:

@@ -49,6 +49,10 @@ def request(sampling: dict[str, Any] | None = None, **fields: Any) -> decoder_pb
         (request({"temperature": -1}), "sampling.temperature"),
         (request({"repetition_penalty": 0}), "sampling.repetition_penalty"),
         (request({"repetition_penalty": float("nan")}), "sampling.repetition_penalty"),
+        (request({"top_p": 0}), "sampling.top_p"),
+        (request({"top_p": 1.1}), "sampling.top_p"),
+        (request({"min_p": 1.1}), "sampling.min_p"),
+        (request({"min_p": float("nan")}), "sampling.min_p"),
     ],
 )
 def test_bad_requests(made: decoder_pb2.DecodeRequest, field: str, config: ModelConfig) -> None:
