@@ -38,7 +38,7 @@ demo: $(INSTALLED) ## Start all services on a small model, ask about a picture, 
 	$(BIN)/chiasm demo
 
 test: $(TEST_INSTALLED) ## Run every test
-	PYTHONSAFEPATH=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	PYTHONSAFEPATH=1 $(BIN)/pytest
 
 lint: $(TEST_INSTALLED) ## Ruff, mypy, import layers, protobuf lint
 	$(BIN)/ruff check .
