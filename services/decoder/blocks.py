@@ -113,8 +113,7 @@ class BlockPool:
         del self._digest_of[block]
         if block in self._idle:
             del self._idle[block]
-            self._is_free[block] = True
-            self._num_free += 1
+            self._free(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Gives up one reference to each block.
@@ -129,8 +128,7 @@ class BlockPool:
             if block in self._digest_of:
                 self._idle[block] = None
             else:
-                self._is_free[block] = True
-                self._num_free += 1
+                self._free(block)
 
     def clear_idle(self) -> None:
         """Forgets every prefix that nobody uses now."""
@@ -152,6 +150,9 @@ class BlockPool:
     def _evict(self) -> None:
         block, _ = self._idle.popitem(last=False)
         del self._block_of[self._digest_of.pop(block)]
+        self._free(block)
+
+    def _free(self, block: int) -> None:
         self._is_free[block] = True
         self._num_free += 1
 
@@ -182,9 +183,12 @@ class BlockTable:
 
     def cut(self, length: int) -> list[int]:
         """Takes off and returns the blocks behind the first `length`."""
-        kept, surplus = self.blocks[:length], self.blocks[length:]
-        self.blocks, self.runs = [], []
-        self.extend(kept)
+        surplus = self.blocks[length:]
+        del self.blocks[length:]
+        for _ in surplus:
+            first, count = self.runs.pop()
+            if count > 1:
+                self.runs.append((first, count - 1))
         return surplus
 
     def extend(self, blocks: Sequence[int]) -> None:

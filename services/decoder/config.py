@@ -26,7 +26,7 @@ class DecoderSettings(ComputeSettings):
     text_shards: int = Field(1, ge=1, description="Shards of the colocated text pool.")
     vision_shards: int = Field(1, ge=1, description="Shards of the colocated vision pool.")
     max_running: int = Field(32, ge=1, description="Requests that decode together.")
-    max_waiting: int = Field(256, ge=1, description="Requests that may wait for admission.")
+    max_waiting: int = Field(256, ge=1, description="Requests that may wait beside a full batch.")
     max_step_tokens: int = Field(
         512,
         ge=1,

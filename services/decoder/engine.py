@@ -73,7 +73,7 @@ class Engine:
         self._park_timeout_ns = int(park_timeout_s * 1e9)
         self._inbox: deque[Sequence] = deque()
         self._wake = threading.Condition()
-        self._stopped = self._is_lost = False
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.steps = 0
         self.pulse = Pulse()
@@ -98,7 +98,7 @@ class Engine:
         with self._wake:
             if self._stopped:
                 raise errors.Unavailable("the decoder is stopping", retry_after_s=1.0)
-            if self._is_lost:  # failing at once, it would look like the least busy one
+            if self.pulse.has_ended:  # failing at once, it would look like the least busy one
                 raise errors.Unavailable("the device is lost")
             self._inbox.append(sequence)
             self.pulse.begin()
@@ -323,7 +323,6 @@ class Engine:
         log.error("step_failed", request_ids=ids, exc_info=error)
         failure: errors.ChiasmError
         if is_device_lost(error):
-            self._is_lost = True
             self.pulse.end()
             failure, sequences = errors.Unavailable("the device is lost"), list(self._scheduler)
         elif is_out_of_memory(error):

@@ -15,7 +15,7 @@ class Pulse:
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._has_ended = False
+        self.has_ended = False
 
     def begin(self) -> None:
         """There is work: starts the clock, unless it runs."""
@@ -32,12 +32,12 @@ class Pulse:
 
     def end(self) -> None:
         """The loop can get on no more, whether or not it has work: only a new process can."""
-        self._has_ended = True
+        self.has_ended = True
 
     def stalled_s(self) -> float:
         """Seconds since the last step of a loop that has work; 0 while it has none; without end for
         one that can get on no more."""
-        if self._has_ended:
+        if self.has_ended:
             return math.inf
         since = self._since
         return 0.0 if since is None else time.monotonic() - since

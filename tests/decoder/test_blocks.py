@@ -11,6 +11,8 @@ from chiasm.services.decoder.blocks import BlockPool, BlockTable
 from chiasm.services.decoder.prefix import block_digest
 from chiasm.services.decoder.sequence import MediaRows
 
+ACTIONS = ["new", "grow", "seal", "share", "forget", "cut", "end"]
+
 
 def digest(number: int) -> bytes:
     return number.to_bytes(4, "big")
@@ -72,7 +74,7 @@ def test_sequences_that_grow_by_turns_keep_long_runs() -> None:
 def test_books_balance_whatever_happens(data: st.DataObject) -> None:
     pool, tables, made = BlockPool(data.draw(st.integers(1, 24)), 2), list[BlockTable](), 0
     for _ in range(data.draw(st.integers(1, 60))):
-        action = data.draw(st.sampled_from(["new", "grow", "seal", "share", "end"]))
+        action = data.draw(st.sampled_from(ACTIONS))
         if action == "new":
             tables.append(BlockTable())
         elif tables:
@@ -87,10 +89,19 @@ def test_books_balance_whatever_happens(data: st.DataObject) -> None:
                 if blocks and blocks[0] not in table.blocks:
                     pool.acquire(blocks)
                     table.extend(blocks)
+            elif action == "forget" and made:
+                forgotten = digest(data.draw(st.integers(1, made)))
+                pool.forget(forgotten)
+                assert pool.match([forgotten]) == []
+            elif action == "cut":
+                pool.release(table.cut(data.draw(st.integers(0, len(table)))))
             elif action == "end":
                 tables.remove(table)
                 pool.release(table.blocks)
         pool.check()
+        for table in tables:
+            in_runs = [first + i for first, count in table.runs for i in range(count)]
+            assert in_runs == table.blocks
         held = {block for table in tables for block in table.blocks}
         assert pool.num_held == len(held)
     for table in tables:
