@@ -26,6 +26,10 @@ LIVE = "chiasm.live"
 LOADED = "chiasm.loaded"
 """Health's name for: everything is loaded, whether or not what the service depends on is there."""
 
+LAST_CALLS_S = 5.0
+"""How long calls may last past the drain: what does work is over, and a call that came in at the
+very moment of the stop may have been lost inside grpc, where it would last to its deadline."""
+
 log = structlog.get_logger()
 
 
@@ -154,7 +158,9 @@ class Server:
                 log.warning("drain_incomplete")
         self._health.end()
         left_s = max(0.0, end - time.monotonic()) if self.live else 0.0
-        await (stop or self.grpc.stop(left_s))
+        await self.grpc.stop(min(left_s, LAST_CALLS_S))
+        if stop is not None:
+            await stop
         if self._probes is not None:
             await self._probes.stop(0)
         log.info("stopped")
