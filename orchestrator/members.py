@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from chiasm import errors
 from chiasm.load import Load
-from chiasm.membership import MemberInfo, Role, Topology
+from chiasm.membership import MemberInfo, MemberState, Role, Topology
 from chiasm.orchestrator.types import LoadReport
 
-TICKS_PER_LEASE = 10
-"""How often in a lease `expire` should be called."""
+STILL_S = 4.0
+"""Between two ticks so far apart the orchestrator stood still; sooner than members give up on a
+stream that does not answer (`transport.membership.ANSWER_TIMEOUT_S`)."""
 
 RETURN_S = 3.0
 """How long a member may take to come back when whoever passed its stream on has gone: a failed
@@ -31,16 +33,24 @@ class Membership:
 
     `topology` is a new value with the next version after every change. For one lease after the
     start it is settling: members of an earlier life of the orchestrator are still on their way
-    back. Times are seconds of one monotonic clock.
+    back. So they are after the orchestrator stood still, or was cut off and heard nobody for half a
+    lease: then it settles until a lease after somebody is heard again. Times are seconds of one
+    monotonic clock.
     """
 
     def __init__(self, *, instance_id: str, lease_s: float, max_members: int, now: float) -> None:
         self.topology = Topology(instance_id=instance_id, version=1, settling=True)
         self._lease_s = lease_s
+        self._still_s = min(STILL_S, lease_s / 2)
         self._max_members = max_members
         self._settled_at = now + lease_s
-        self._ticked = now
+        self._ticked = self._heard_at = now
         self._entries: dict[str, _Entry] = {}
+
+    @property
+    def tick_s(self) -> float:
+        """How often `expire` wants to be called."""
+        return self._still_s / 5
 
     @property
     def loads(self) -> Mapping[str, LoadReport]:
@@ -61,6 +71,9 @@ class Membership:
                 f"there are {self._max_members} members already", retry_after_s=self._lease_s
             )
         self._check_cut(member)
+        if self._is_deaf(now) and (self._entries or math.isinf(self._settled_at)):
+            self._settled_at = now + self._lease_s
+        self._heard_at = now
         last = known.load if known is not None else None
         self._entries[member.member_id] = _Entry(
             member=member,
@@ -68,15 +81,18 @@ class Membership:
             deadline=now + self._lease_s,
             load=LoadReport(at=now, load=load) if load is not None else last,
         )
-        if known is None or known.member != member:
-            self._publish()
+        is_new = known is None or known.member != member
+        if is_new or self.topology.settling != (now < self._settled_at):
+            self._publish(now)
 
-    def end(self, member_id: str, *, session: int) -> None:
+    def end(self, member_id: str, *, session: int, now: float) -> None:
         """Removes a member whose session has ended, unless a newer session keeps it."""
         entry = self._entries.get(member_id)
         if entry is not None and entry.session == session:
             del self._entries[member_id]
-            self._publish()
+            if entry.member.state is not MemberState.DRAINING:
+                self._settle_if_deaf(now)
+            self._publish(now)
 
     def detach(self, member_id: str, *, session: int, now: float) -> None:
         """Lets a member go RETURN_S from now, sooner with its lease, unless a newer session comes:
@@ -88,20 +104,30 @@ class Membership:
     def expire(self, now: float) -> tuple[MemberInfo, ...]:
         """Removes members whose lease has run out and ends settling; returns those removed.
 
-        Call it TICKS_PER_LEASE times in a lease. A longer gap means that the orchestrator itself
-        stood still and reports wait unread, so no lease runs on during it.
+        Call it every `tick_s`. A far longer gap means that the orchestrator itself stood still and
+        reports wait unread, so no lease runs on during it, and it settles again.
         """
         gap, self._ticked = now - self._ticked, now
-        if gap > self._lease_s / 2:
-            self._settled_at += gap
+        if gap > self._still_s:
+            latest = now + self._lease_s
+            self._settled_at = max(self._settled_at, latest)
             for entry in self._entries.values():
-                entry.deadline += gap
+                entry.deadline = min(entry.deadline + gap, latest)
         expired = tuple(e.member for e in self._entries.values() if e.deadline <= now)
         for member in expired:
             del self._entries[member.member_id]
-        if expired or (self.topology.settling and now >= self._settled_at):
-            self._publish(settling=now < self._settled_at)
+            self._settle_if_deaf(now)
+        if expired or self.topology.settling != (now < self._settled_at):
+            self._publish(now)
         return expired
+
+    def _is_deaf(self, now: float) -> bool:
+        return now - self._ticked > self._still_s or now - self._heard_at > self._lease_s / 2
+
+    def _settle_if_deaf(self, now: float) -> None:
+        """Who is lost while nobody is heard may be well, and come back."""
+        if self._is_deaf(now):
+            self._settled_at = math.inf
 
     def _check_cut(self, member: MemberInfo) -> None:
         if member.role is not Role.EXPERT_POOL:
@@ -121,10 +147,10 @@ class Membership:
                         field=f"shard_sets[{index}].num_shards",
                     )
 
-    def _publish(self, *, settling: bool | None = None) -> None:
+    def _publish(self, now: float) -> None:
         self.topology = Topology(
             instance_id=self.topology.instance_id,
             version=self.topology.version + 1,
-            settling=self.topology.settling if settling is None else settling,
+            settling=now < self._settled_at,
             members=tuple(self._entries[key].member for key in sorted(self._entries)),
         )

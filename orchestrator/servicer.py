@@ -15,7 +15,7 @@ import structlog
 from chiasm import errors
 from chiasm.membership import MemberState, Role, Topology
 from chiasm.orchestrator.launcher import Launcher
-from chiasm.orchestrator.members import TICKS_PER_LEASE, Membership
+from chiasm.orchestrator.members import Membership
 from chiasm.orchestrator.relay import is_relayed
 from chiasm.telemetry import metrics
 from chiasm.transport import loads
@@ -99,10 +99,8 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
         """Takes a member out whose stream has ended. One that a follower passed on may have ended
         with the follower: its member has time to come back."""
         log.info("member_left", member=member_id, is_certain=is_certain)
-        if is_certain:
-            self._membership.end(member_id, session=session)
-        else:
-            self._membership.detach(member_id, session=session, now=time.monotonic())
+        lose = self._membership.end if is_certain else self._membership.detach
+        lose(member_id, session=session, now=time.monotonic())
         self._notify()
 
     async def WatchTopology(
@@ -141,7 +139,7 @@ class OrchestratorServicer(control_pb2_grpc.OrchestratorServicer):
             for member in self._membership.expire(time.monotonic()):
                 log.warning("lease_expired", member=member.member_id, address=member.address)
             self._notify()
-            await asyncio.sleep(self._lease_s / TICKS_PER_LEASE)
+            await asyncio.sleep(self._membership.tick_s)
 
     async def close(self) -> None:
         """Ends the watches; members whose streams end from now on do not count as gone."""

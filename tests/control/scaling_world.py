@@ -184,7 +184,7 @@ class World(ExpertServers):
         return address
 
     def kill(self, address: str) -> None:
-        self.membership.end(address, session=1)
+        self.membership.end(address, session=1, now=self.now)
         del self.processes[address]
 
     def add(self, role: Role, load: Load) -> None:

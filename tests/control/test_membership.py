@@ -8,7 +8,7 @@ import pytest
 
 from chiasm import errors
 from chiasm.membership import MemberInfo, MemberState, Role, ShardSet, Topology
-from chiasm.orchestrator.members import RETURN_S, TICKS_PER_LEASE, Membership
+from chiasm.orchestrator.members import RETURN_S, Membership
 from chiasm.transport import topology as wire
 from chiasm.types import Modality
 from chiasm.v1 import control_pb2
@@ -36,7 +36,7 @@ def ids(topology: Topology) -> list[str]:
 
 def tick(members: Membership, start: float, end: float) -> list[str]:
     """Lets time pass as the orchestrator does; returns who expired."""
-    step, now, gone = LEASE_S / TICKS_PER_LEASE, start, []
+    step, now, gone = members.tick_s, start, []
     while now < end:
         now = min(now + step, end)
         gone += [m.member_id for m in members.expire(now)]
@@ -77,6 +77,59 @@ class TestLeases:
         tick(members, 105.9, 106.0)
         assert not members.topology.settling
 
+    def test_an_orchestrator_that_stood_still_settles_again(self) -> None:
+        """Members gave up on their streams meanwhile, and the ends of those come first."""
+        members = table()
+        tick(members, 0.0, 7.0)
+        for index, name in enumerate(("a", "b", "c")):
+            members.report(member(name), session=index, now=7.0)
+        assert not members.topology.settling
+        for index, name in enumerate(("a", "b", "c")):
+            members.end(name, session=index, now=15.0)
+            assert members.topology.settling
+        members.report(member("a"), session=7, now=15.5)
+        assert tick(members, 15.0, 18.0) == []
+        members.report(member("a"), session=7, now=18.0)
+        assert tick(members, 18.0, 21.4) == []
+        assert members.topology.settling
+        tick(members, 21.4, 21.7)
+        assert not members.topology.settling
+
+    def test_one_report_read_first_does_not_make_the_others_lost(self) -> None:
+        members = table()
+        tick(members, 0.0, 7.0)
+        for index, name in enumerate(("a", "b")):
+            members.report(member(name), session=index, now=7.0)
+        members.report(member("a"), session=0, now=15.0)
+        assert members.topology.settling
+        members.end("b", session=1, now=15.0)
+        assert members.topology.settling
+        assert tick(members, 15.0, 21.7) == ["a"]
+
+    def test_cut_off_from_all_it_settles_until_a_lease_after_somebody_is_heard(self) -> None:
+        members = table()
+        members.report(member("a"), session=1, now=0.0)
+        tick(members, 0.0, 5.9)
+        members.report(member("a"), session=1, now=5.9)
+        assert tick(members, 5.9, 100.0) == ["a"]
+        assert members.topology.settling
+        for now in (100.0, 102.0, 104.0):
+            members.report(member("b"), session=2, now=now)
+            assert tick(members, now, now + 1.9) == []
+            assert members.topology.settling
+        members.report(member("b"), session=2, now=106.0)
+        tick(members, 105.9, 106.1)
+        assert not members.topology.settling
+        assert ids(members.topology) == ["b"]
+
+    def test_the_last_one_to_say_goodbye_is_not_waited_for(self) -> None:
+        members = table()
+        members.report(member("a", state=MemberState.DRAINING), session=1, now=0.0)
+        tick(members, 0.0, 5.0)
+        members.end("a", session=1, now=5.0)
+        tick(members, 5.0, 6.1)
+        assert not members.topology.settling
+
 
 class TestSessions:
     def test_a_detached_member_has_time_to_come_back(self) -> None:
@@ -100,16 +153,16 @@ class TestSessions:
     def test_end_of_the_stream_removes_at_once(self) -> None:
         members = table()
         members.report(member("a"), session=1, now=0.0)
-        members.end("a", session=1)
+        members.end("a", session=1, now=0.0)
         assert ids(members.topology) == []
 
     def test_old_stream_of_a_reconnected_member_does_not_remove_it(self) -> None:
         members = table()
         members.report(member("a"), session=1, now=0.0)
         members.report(member("a"), session=2, now=1.0)
-        members.end("a", session=1)
+        members.end("a", session=1, now=1.0)
         assert ids(members.topology) == ["a"]
-        members.end("a", session=2)
+        members.end("a", session=2, now=1.0)
         assert ids(members.topology) == []
 
     def test_version_grows_with_changes_only(self) -> None:
@@ -118,7 +171,7 @@ class TestSessions:
         for report in (member("b"), member("a"), member("a"), member("a", address="a:2")):
             members.report(report, session=1, now=0.0)
             versions.append(members.topology.version)
-        members.end("nobody", session=1)
+        members.end("nobody", session=1, now=0.0)
         versions.append(members.topology.version)
         assert versions == [1, 2, 3, 3, 4, 4]
         assert ids(members.topology) == ["a", "b"]
@@ -140,7 +193,7 @@ class TestRefusals:
         with pytest.raises(errors.FailedPrecondition) as refused:
             members.report(pool("new", Modality.TEXT, 0, of=4), session=3, now=0.0)
         assert refused.value.field == "shard_sets[0].num_shards"
-        members.end("old", session=1)
+        members.end("old", session=1, now=0.0)
         members.report(pool("new", Modality.TEXT, 0, of=4), session=3, now=0.0)
         assert members.topology.num_shards(Modality.TEXT) == 4
 

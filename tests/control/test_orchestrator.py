@@ -19,7 +19,7 @@ from chiasm.membership import MemberInfo, MemberState, Role, Topology
 from chiasm.orchestrator.members import Membership
 from chiasm.orchestrator.servicer import OrchestratorServicer
 from chiasm.transport import status
-from chiasm.transport.membership import Member, TopologyWatcher
+from chiasm.transport.membership import ANSWER_TIMEOUT_S, Member, TopologyWatcher
 from chiasm.transport.topology import member_to_proto
 from chiasm.types import Modality
 from chiasm.v1 import control_pb2, control_pb2_grpc
@@ -133,6 +133,33 @@ async def test_watcher_loses_nobody_while_the_orchestrator_restarts(
     assert after.members == before.members
     assert all(topology == members for topology in published)
     assert published
+
+
+async def test_nobody_is_lost_while_the_orchestrator_stands_still(
+    spawn: Spawn, watch: Watch
+) -> None:
+    """So long that its members give up on the streams they have."""
+    stuck = orchestrator(spawn, SHORT_LEASE_MS)
+    control = address(stuck)
+    members = {address(spawn("fake_service", "--orchestrator", control)) for _ in range(2)}
+    watcher = watch(control)
+    known = await seen(watcher, members)
+    if known.settling:
+        known = await watcher.wait_for(
+            lambda t: not t.settling, timeout_s=WAIT_S, what="the end of settling"
+        )
+    published: list[Topology] = []
+    watcher.subscribe(published.append)
+
+    stuck.signal(signal.SIGSTOP)
+    await asyncio.sleep(ANSWER_TIMEOUT_S + 2.0)
+    stuck.signal(signal.SIGCONT)
+    after = await watcher.wait_for(
+        lambda t: t.version > known.version and not t.settling, timeout_s=WAIT_S, what="settled"
+    )
+    assert after.members == known.members
+    assert all(topology.members == known.members for topology in published)
+    assert published[0].settling
 
 
 async def test_changes_are_sent_at_once(spawn: Spawn, watch: Watch) -> None:

@@ -137,6 +137,23 @@ async def test_members_that_come_back_are_waited_for() -> None:
     assert not any(p.dropped for p in system.processes.values())
 
 
+async def test_streams_that_broke_while_the_orchestrator_stood_still_move_nothing() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    before, assigned = system.shards(), system.processes["text-experts-1"].told
+    system.now += 8.0
+    for address in system.processes:
+        system.membership.end(address, session=1, now=system.now)
+    late = system.processes.pop("text-experts-2")
+    await system.step()
+    assert system.membership.topology.settling
+    system.processes["text-experts-2"] = late
+    await system.step(8)
+    assert not system.membership.topology.settling
+    assert system.shards() == before
+    assert system.processes["text-experts-1"].told == assigned
+
+
 async def test_a_server_that_does_not_answer_is_asked_again() -> None:
     system = world(text_experts=1)
     system.unreachable.add("text-experts-1")
