@@ -1,21 +1,25 @@
 """Which server holds which shards: pure, deterministic, and shy of moves.
 
 A shard's load is shared evenly by its holders. Coverage comes first; then every server gets
-something to do; then, while one server carries more than `TOLERANCE` above the mean, the step that
-relieves it most is taken: a shard moves, or gets one more holder. What is placed well stays where
-it is, so a placement made again from the same loads is the same placement.
+something to do; then, while one server carries more than `TOLERANCE` above the mean, it gives up a
+shard that others hold too, or the step that relieves it most is taken: a shard moves, or gets one
+more holder. At last holders go that are not needed: without them nobody carries more than half of
+`TOLERANCE` above the mean. What is placed well stays where it is, so a placement made again from
+the same loads is the same placement.
 
 Bound: where every server may hold every shard, the busiest one carries at most the larger of
 (1 + TOLERANCE) x mean and mean + (1 + MIN_GAIN) x the largest share of a shard. For some server is
 not above the mean and lacks one of its shards, as a holder of all of them carries as much; and if
 the busiest one carried more than that, moving this shard there would be worth it. The steps come to
-an end, for each one leaves fewer servers at the top, or a lower top.
+an end, for each one leaves fewer servers at the top, or a lower top, and what goes at last lifts
+nobody to where steps begin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 TOLERANCE = 0.25
 """Load above the mean that is not worth a move."""
@@ -67,6 +71,8 @@ def place(
     board.employ()
     board.balance(tolerance)
     while board.repeat():  # a busy shard's new holder may make room for one that has too few
+        board.balance(tolerance)
+    while board.thin(tolerance / 2):  # what goes may make room for a step
         board.balance(tolerance)
     return board.placement()
 
@@ -144,19 +150,49 @@ class _Board:
 
     def balance(self, tolerance: float) -> None:
         """Relieves the busiest server while that is worth a load."""
-        mean = sum(self._weights) / max(1, len(self._held))
         while self._capacity:
             busiest = max(self._load, key=lambda s: (self._load[s], s))
             load = self._load[busiest]
+            if load <= (1 + tolerance) * self._mean():
+                return
+            if drops := [d for d in self._drops(busiest) if self._is_worth(d, load)]:
+                self._remove(busiest, min(drops).shard)
+                continue
             steps = [
                 step
                 for target in self._capacity
                 for step in self._steps(busiest, target)
-                if step.top < load - MIN_GAIN * self._share(step.shard)
+                if self._is_worth(step, load)
             ]
-            if load <= (1 + tolerance) * mean or not steps:
+            if not steps:
                 return
             self._take(min(steps, key=self._rank))
+
+    def thin(self, tolerance: float) -> bool:
+        """Takes holders away that are not needed; whether there were any."""
+        bound, has_changed = (1 + tolerance) * self._mean(), False
+        while drops := [d for s in self._capacity for d in self._drops(s) if d.top <= bound]:
+            drop = min(drops)
+            self._remove(drop.server, drop.shard)
+            has_changed = True
+        return has_changed
+
+    def _mean(self) -> float:
+        return sum(self._weights) / max(1, len(self._held))
+
+    def _is_worth(self, change: _Step | _Drop, load: float) -> bool:
+        return change.top < load - MIN_GAIN * self._share(change.shard)
+
+    def _drops(self, server: str) -> Iterable[_Drop]:
+        """What a server may give up: not its only shard, and none that has too few holders."""
+        if server not in self._capacity or len(self._held[server]) == 1:
+            return
+        for shard in self._held[server]:
+            others = self._holders[shard] - {server}
+            if len(others) >= max(1, self._min_holders):
+                more = self._weights[shard] / len(others) - self._share(shard)
+                top = max(self._load[other] + more for other in others)
+                yield _Drop(round(top, 9), shard, server)
 
     def _steps(self, source: str, target: str) -> Iterable[_Step]:
         """What would relieve a server with the help of another."""
@@ -256,6 +292,14 @@ class _Board:
         """Adds up from scratch, in one order: the same placement always weighs the same."""
         for server in servers:
             self._load[server] = sum(map(self._share, sorted(self._held[server])))
+
+
+class _Drop(NamedTuple):
+    """A server gives up a shard; `top`: the highest load among those who take over."""
+
+    top: float
+    shard: int
+    server: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

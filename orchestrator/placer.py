@@ -26,6 +26,9 @@ before they come would move to them right away."""
 REPEAT_S = 30.0
 """An assignment that has not led to its shards for so long is sent again."""
 
+STUCK_S = 2.0
+"""A server that has shards and takes no work for so long does not get on: others take its place."""
+
 BARRED_S = 300.0
 """How long a server is not asked again for a shard that it could not load."""
 
@@ -40,8 +43,8 @@ class _Sent:
 
 @dataclass(slots=True)
 class _PoolState:
-    """What is remembered of one pool. sent: what its servers were told last. barred: until when by
-    server and shard."""
+    """What is remembered of one pool. sent: what its servers were told last. idle_since: when each
+    stopped to take work though it has shards. barred: until when by server and shard."""
 
     servers: frozenset[str] = frozenset()
     loads: tuple[float, ...] = ()
@@ -49,6 +52,7 @@ class _PoolState:
     first_seen_at: float | None = None
     target: Placement = field(default_factory=dict)
     sent: dict[str, _Sent] = field(default_factory=dict)
+    idle_since: dict[str, float] = field(default_factory=dict)
     barred: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
@@ -136,7 +140,7 @@ class Placer:
         loads: tuple[float, ...],
     ) -> None:
         """Makes the target: anew when servers have come or gone, or it is time to look at loads."""
-        staying = frozenset(m for m in members if m not in leaving)
+        staying = frozenset(members) - frozenset(leaving) - self._stuck(pool, members)
         is_due = self._clock() - pool.balanced_at >= self._rebalance_s
         if staying == pool.servers and not is_due and len(pool.loads) == num_shards:
             return
@@ -164,6 +168,15 @@ class Placer:
                 uncovered=uncovered(num_shards, placed, servers),
             )
         pool.target = placed
+
+    def _stuck(self, pool: _PoolState, members: Mapping[str, MemberInfo]) -> frozenset[str]:
+        now = self._clock()
+        pool.idle_since = {
+            name: pool.idle_since.get(name, now)
+            for name, member in members.items()
+            if _held(member).shards and not member.is_ready
+        }
+        return frozenset(name for name, at in pool.idle_since.items() if now - at >= STUCK_S)
 
     async def _send(self, pool: _PoolState, members: Mapping[str, MemberInfo]) -> None:
         """Tells those servers what to hold that do not know it yet."""

@@ -43,6 +43,7 @@ class Process:
     dropped: list[int] = field(default_factory=list)
     drained_until: float | None = None
     broken: set[int] = field(default_factory=set)  # shards it cannot load
+    is_stuck: bool = False  # keeps what it has and takes no work
 
     def __post_init__(self) -> None:
         self.max_shards = self.held.max_shards if self.info.shard_sets else 0
@@ -61,7 +62,9 @@ class Process:
         return sorted({*self.told} - {*self.held.shards} - self.broken)
 
     def work(self) -> None:
-        if not self.max_shards:
+        if self.is_stuck:
+            self.info = replace(self.info, state=MemberState.LOADING)
+        if not self.max_shards or self.is_stuck:
             return
         have = set(self.held.shards)
         self.dropped += sorted(have - set(self.told))

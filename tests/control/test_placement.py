@@ -142,8 +142,7 @@ def test_a_lost_server_moves_only_what_it_must(
         return
     after = place(loads, left, tolerance=math.inf)
     orphans = lost.held - frozenset[int]().union(*(s.held for s in left))
-    for s in left:
-        assert s.held <= set(after[s.server_id])
+    assert not uncovered(len(loads), after, left)
     loads_again = sorted(shard for s in left for shard in set(after[s.server_id]) - s.held)
     assert loads_again == sorted(orphans)
 
@@ -153,6 +152,26 @@ def test_only_a_hot_shard_gets_more_holders() -> None:
     placement = place([9.0, 1.0, 1.0, 1.0], servers)
     assert sum(0 in shards for shards in placement.values()) >= 3
     assert sum(len(shards) for shards in placement.values()) <= 4 + 3, "only the hot one is doubled"
+
+
+@pytest.mark.parametrize("min_holders", [1, 2])
+def test_holders_go_when_a_hot_shard_has_cooled(min_holders: int) -> None:
+    servers = [server(f"s{i}", {i}) for i in range(4)]
+    hot = place([9.0, 1.0, 1.0, 1.0], servers, min_holders=min_holders)
+    cool = place([1.0] * 4, again(servers, hot), min_holders=min_holders)
+    assert sorted(s for shards in cool.values() for s in shards) == sorted(
+        [*range(4)] * min_holders
+    )
+    assert [len(shards) for shards in cool.values()] == [min_holders] * 4
+
+
+def test_what_others_hold_too_is_given_up_before_anything_is_loaded() -> None:
+    assert place([1.0, 1.0], [server("a", {0, 1}), server("b", {1})]) == {"a": (0,), "b": (1,)}
+
+
+def test_a_server_keeps_its_only_shard() -> None:
+    servers = [server("a", {0}), server("b", {0}), server("c", {0})]
+    assert place([1.0], servers) == {"a": (0,), "b": (0,), "c": (0,)}
 
 
 def test_servers_beyond_the_shards_replicate_the_hottest() -> None:

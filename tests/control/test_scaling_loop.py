@@ -58,6 +58,20 @@ async def test_shards_of_the_last_holder_go_to_a_survivor_at_once() -> None:
     assert system.is_covered
 
 
+async def test_shards_of_a_server_that_does_not_get_on_go_to_a_survivor() -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    stuck = system.processes["text-experts-1"]
+    stuck.is_stuck = True
+    await system.step(6)
+    assert system.shards()["text-experts-2"] == tuple(range(NUM_SHARDS))
+    stuck.is_stuck = False
+    for _ in range(6):
+        await system.step()
+        assert system.is_covered
+    assert stuck.held.shards
+
+
 async def test_a_server_that_says_it_leaves_hands_over_and_none_is_ever_without_a_holder() -> None:
     system = world(text_experts=2, min_text=2)
     await system.step(6)
