@@ -169,10 +169,11 @@ class _Board:
             self._take(min(steps, key=self._rank))
 
     def thin(self, tolerance: float) -> bool:
-        """Takes holders away that are not needed; whether there were any."""
+        """Takes holders away that are not needed, from busy servers first; whether there were
+        any."""
         bound, has_changed = (1 + tolerance) * self._mean(), False
         while drops := [d for s in self._capacity for d in self._drops(s) if d.top <= bound]:
-            drop = min(drops)
+            drop = min(drops, key=lambda d: (-round(self._load[d.server], 9), d))
             self._remove(drop.server, drop.shard)
             has_changed = True
         return has_changed

@@ -154,15 +154,13 @@ def test_only_a_hot_shard_gets_more_holders() -> None:
     assert sum(len(shards) for shards in placement.values()) <= 4 + 3, "only the hot one is doubled"
 
 
-@pytest.mark.parametrize("min_holders", [1, 2])
-def test_holders_go_when_a_hot_shard_has_cooled(min_holders: int) -> None:
-    servers = [server(f"s{i}", {i}) for i in range(4)]
-    hot = place([9.0, 1.0, 1.0, 1.0], servers, min_holders=min_holders)
-    cool = place([1.0] * 4, again(servers, hot), min_holders=min_holders)
-    assert sorted(s for shards in cool.values() for s in shards) == sorted(
-        [*range(4)] * min_holders
-    )
-    assert [len(shards) for shards in cool.values()] == [min_holders] * 4
+@pytest.mark.parametrize(("num_servers", "min_holders"), [(2, 1), (3, 1), (4, 2), (3, 3)])
+def test_holders_that_are_not_needed_go(num_servers: int, min_holders: int) -> None:
+    servers = [server(f"s{i}", set(range(12))) for i in range(num_servers)]
+    placement = place([1.0] * 12, servers, min_holders=min_holders)
+    held = sorted(shard for shards in placement.values() for shard in shards)
+    assert held == sorted([*range(12)] * min_holders)
+    assert {len(shards) for shards in placement.values()} == {12 * min_holders // num_servers}
 
 
 def test_what_others_hold_too_is_given_up_before_anything_is_loaded() -> None:
