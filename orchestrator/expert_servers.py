@@ -54,14 +54,14 @@ class ExpertServers:
         return experts_pb2_grpc.ExpertPoolStub(self._channels[address])
 
     async def _call(
-        self, method: Callable[..., Awaitable[Any]], request: Any
+        self, method: Callable[..., Awaitable[experts_pb2.PoolDescription]], request: Any
     ) -> experts_pb2.PoolDescription:
         try:
-            answer = await method(request, timeout=CALL_TIMEOUT_S)
+            return status.parsed(await method(request, timeout=CALL_TIMEOUT_S), "an expert server")
+        except errors.DataLoss as error:
+            raise errors.Unavailable(error.message) from None
         except grpc.RpcError as error:
             found = status.from_rpc_error(error)
             if isinstance(found, errors.DeadlineExceeded):
                 raise errors.Unavailable("the expert server does not answer") from None
             raise found from None
-        assert isinstance(answer, experts_pb2.PoolDescription)
-        return answer

@@ -95,7 +95,7 @@ class EmbeddingStore:
                 metadata=traces.metadata(request_id),
             )
             try:
-                rows = [self._rows(chunk.rows, ref, chunk.total_rows) async for chunk in call]
+                rows = [self._rows(chunk, ref) async for chunk in call]
             except grpc.RpcError as error:
                 raise self._failure(ref, error) from None
         embeddings = torch.cat(rows) if rows else torch.empty(0, self._hidden_size)
@@ -116,10 +116,11 @@ class EmbeddingStore:
         )
 
     def _rows(
-        self, wire: tensor_pb2.Tensor, ref: decoder_pb2.MediaRef, total_rows: int
+        self, message: tensor_pb2.TensorChunk | None, ref: decoder_pb2.MediaRef
     ) -> torch.Tensor:
-        _check_count(ref, total_rows)
-        rows = tensors.from_wire(wire, name="rows")
+        chunk = status.parsed(message, ref.encoder_address)
+        _check_count(ref, chunk.total_rows)
+        rows = tensors.from_wire(chunk.rows, name="rows")
         if rows.ndim != 2 or rows.shape[1] != self._hidden_size:
             raise errors.DataLoss(f"the encoder sent rows of shape {tuple(rows.shape)}")
         return rows

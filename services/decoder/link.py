@@ -19,6 +19,7 @@ from chiasm.services.decoder.calls import Call
 from chiasm.services.decoder.inbox import Inbox
 from chiasm.services.decoder.lane import Lane, open_lane
 from chiasm.telemetry import metrics
+from chiasm.transport import status
 from chiasm.transport.channel import open_channel
 from chiasm.transport.shared_memory import Arena
 from chiasm.types import Modality
@@ -188,9 +189,10 @@ class ServerLink:
     async def _probe(self, stub: experts_pb2_grpc.ExpertPoolStub) -> experts_pb2.PoolDescription:
         """Returns when the server answers, and takes work."""
         while True:
-            with contextlib.suppress(grpc.RpcError):
-                description: experts_pb2.PoolDescription = await stub.Describe(
-                    experts_pb2.DescribeRequest(), timeout=PROBE_TIMEOUT_S
+            with contextlib.suppress(grpc.RpcError, errors.DataLoss):
+                description: experts_pb2.PoolDescription = status.parsed(
+                    await stub.Describe(experts_pb2.DescribeRequest(), timeout=PROBE_TIMEOUT_S),
+                    self.address,
                 )
                 if not description.draining:
                     return description
@@ -248,10 +250,13 @@ class ServerLink:
         error = errors.Unavailable(f"{self.address} ended the stream")
         try:
             async for response in call:
-                self._inbox.post(partial(connection.answered, response))
+                answer = status.parsed(response, self.address)
+                self._inbox.post(partial(connection.answered, answer))
+        # Whatever ended the stream, the dispatches on it can be repeated.
         except grpc.RpcError as failure:
-            # Whatever ended the stream, the dispatches on it can be repeated.
             error = errors.Unavailable(f"{self.address}: {failure.details()}")
+        except errors.DataLoss as failure:
+            error = errors.Unavailable(failure.message)
         _resolve(lost, error)
 
     async def _open_lane(

@@ -18,6 +18,7 @@ from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.members import MemberSearch, Waiting, may_try_another, peer_error
 from chiasm.telemetry import metrics, traces
+from chiasm.transport import status
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
@@ -178,7 +179,8 @@ class Decoders:
         self._in_flight[decoder.address] += 1
         is_finished = False
         try:
-            async for event in call:
+            async for message in call:
+                event = status.parsed(message, decoder.address)
                 is_finished = event.HasField("finished")
                 yield event
         except grpc.RpcError as failure:

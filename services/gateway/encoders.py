@@ -21,6 +21,7 @@ from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.domain import Encoded, MediaItem
 from chiasm.services.gateway.members import MemberSearch, Waiting, may_try_another, peer_error
 from chiasm.telemetry import traces
+from chiasm.transport import status
 from chiasm.transport.enums import WIRE_MEDIA_KINDS
 from chiasm.transport.membership import TopologyWatcher
 from chiasm.types import Grid, MediaKind
@@ -118,7 +119,7 @@ class Encoders:
                 upload.parts(), timeout=deadline.remaining_s(), metadata=traces.metadata(request_id)
             )
             try:
-                result = await call
+                result = status.parsed(await call, encoder.address)
             except grpc.RpcError as error:
                 raise _translated(peer_error(error), item) from None
             finally:

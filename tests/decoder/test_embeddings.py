@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from nonsense import NONSENSE, nonsense
 
 from chiasm import errors
 from chiasm.model.config import ModelConfig
@@ -147,3 +148,12 @@ async def test_full_decoder_refuses_before_it_fetches(
         await anext(servicer.Decode(request, Context()))
     assert encoder.num_fetches == 0
     await store.close()
+
+
+async def test_nonsense_instead_of_rows_is_data_loss() -> None:
+    async with nonsense("chiasm.v1.VisionEncoder", {"Fetch": NONSENSE}) as address:
+        store = new_store()
+        wanted = decoder_pb2.MediaRef(digest=DIGEST, num_tokens=4, encoder_address=address)
+        with pytest.raises(errors.DataLoss, match="not a message"):
+            await store.get(wanted, "")
+        await store.close()

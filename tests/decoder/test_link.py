@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from decoder.pool_servers import WAIT_S, dispatch, pool_of, sleep
+from nonsense import NONSENSE, nonsense
 
 from chiasm import errors
 from chiasm.services.decoder import link
 from chiasm.services.decoder.dispatches import PoolUnavailable
+from chiasm.v1 import experts_pb2
 
 ALL = (0, 1, 2, 3)
 
@@ -26,6 +28,24 @@ async def test_a_server_that_describes_itself_and_answers_nothing_is_left_alone(
             await pool.ask(dispatch(pool.config, 3))
         await asyncio.sleep(10 * link.PROBE_PAUSE_S)
         assert not pool.remote.is_covered
+
+
+@pytest.mark.parametrize("broken", ["Describe", "Dispatch"])
+async def test_who_answers_nonsense_is_passed_over(tiny_checkpoint: Path, broken: str) -> None:
+    described = experts_pb2.PoolDescription().SerializeToString()
+    answers = {"Describe": described, "Dispatch": b"", broken: NONSENSE}
+    async with (
+        nonsense("chiasm.v1.ExpertPool", answers) as address,
+        pool_of(tiny_checkpoint, ALL, lane=False) as pool,
+    ):
+        pool.watcher.publish([(address, ALL), (pool.servers[0].address, ALL)])
+        if broken == "Dispatch":
+            await pool.reachable(2)
+        for seed in range(6):
+            await pool.check(3, seed)
+        pool.watcher.publish([(address, ALL)])
+        with pytest.raises(PoolUnavailable):
+            await pool.ask(dispatch(pool.config, 3))
 
 
 def test_pauses_double_until_a_dispatch_is_answered() -> None:

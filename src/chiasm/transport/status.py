@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -10,6 +10,8 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from chiasm import errors
+
+_M = TypeVar("_M")
 
 DOMAIN = "chiasm"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -61,6 +63,13 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ChiasmError:
     return errors.from_code(
         code, error.details() or "", reason=reason, field=field, retry_after_s=retry_after_s
     )
+
+
+def parsed(message: _M | None, sender: str) -> _M:
+    """The message; grpc hands out None for one that it cannot parse. Raises DataLoss."""
+    if message is None:
+        raise errors.DataLoss(f"{sender} sent what is not a message")
+    return message
 
 
 def has_details(error: grpc.RpcError) -> bool:
