@@ -153,13 +153,14 @@ def _surplus(past: _Past, config: PoolConfig) -> _Verdict:
     have = now.replicas
     if have > config.max_replicas:
         return _Verdict(have - 1, f"the maximum is {config.max_replicas}")
-    known = [view.demand for view in window if view.demand is not None]
-    peak = max((demand.replicas for demand in known), default=0.0)
-    is_strained = any(demand.strain > 1 for demand in known)
+    known = [(view.replicas, view.demand) for view in window if view.demand is not None]
+    peak = max((demand.replicas for _, demand in known), default=0.0)
+    # What strains these would strain one less the more, and grow again.
+    is_strained = any(demand.strain * count > max(1, have - 1) for count, demand in known)
     if config.min_replicas == 0 and peak < IDLE and not any(view.is_wanted for view in window):
         return _Verdict(0, f"idle for {config.down_window_s:g} s")
     is_least = have <= max(config.min_replicas, now.floor)
-    # What is left must carry the same load without growing again.
+    # What is left must carry the same load.
     is_used = peak >= config.down * have or peak > config.up * (have - 1) or is_strained
     if is_least or is_used:
         return _Verdict(have, f"demand {peak:.2f} of {have}")

@@ -124,6 +124,21 @@ def test_replicas_are_waited_for_unless_they_were_away_for_the_whole_window() ->
     assert decided(*long(view(1, 0.0, absent=1, obstacle="no server")), config=zero) == 0
 
 
+@pytest.mark.parametrize(("replicas", "strain", "after"), [(2, 0.6, 2), (2, 0.4, 1), (4, 0.8, 4)])
+def test_what_would_be_strained_with_one_less_stays(
+    replicas: int, strain: float, after: int
+) -> None:
+    """Otherwise it would grow again right away, and shrink again, for ever."""
+    calm = replace(view(replicas, 0.1), demand=Demand(replicas=0.1, strain=strain))
+    assert decided(*long(calm)) == after
+
+
+def test_strain_of_fewer_replicas_counts_as_what_it_was() -> None:
+    fewer = replace(view(2, 0.1), demand=Demand(replicas=0.1, strain=1.2))
+    more = replace(view(4, 0.1), demand=Demand(replicas=0.1, strain=0.5))
+    assert decided(*[fewer] * 10, *[more] * 30) == 3
+
+
 def test_strain_adds_one_and_waits_for_it() -> None:
     strained = view(2, 1.0)
     strained = replace(strained, demand=Demand(replicas=1.0, strain=3.0))
