@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
@@ -21,32 +22,36 @@ class ExpertServers:
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._in_flight: Counter[str] = Counter()
 
     async def assign(
         self, address: str, shards: Collection[int], epoch: int
     ) -> experts_pb2.PoolDescription:
         """Raises FailedPrecondition for an epoch older than the server's, Unavailable."""
         request = experts_pb2.AssignRequest(shards=sorted(shards), epoch=epoch)
-        return await self._call(self._stub(address).Assign, request)
+        return await self._call(address, self._stub(address).Assign, request)
 
     async def drain(self, address: str, lease_s: float) -> experts_pb2.PoolDescription:
         """Makes a server refuse new dispatches, for `lease_s` unless asked again. Raises
         Unavailable."""
         request = experts_pb2.DrainRequest(lease_ms=int(lease_s * 1000))
-        return await self._call(self._stub(address).Drain, request)
+        return await self._call(address, self._stub(address).Drain, request)
 
     async def describe(self, address: str) -> experts_pb2.PoolDescription:
         """How a server stands. Raises Unavailable."""
-        return await self._call(self._stub(address).Describe, experts_pb2.DescribeRequest())
+        method = self._stub(address).Describe
+        return await self._call(address, method, experts_pb2.DescribeRequest())
 
     async def keep(self, addresses: Collection[str]) -> None:
-        """Closes the connections to all others."""
+        """Closes the connections to all others, but those with a call in flight."""
         for address in self._channels.keys() - set(addresses):
-            await self._channels.pop(address).close(None)
+            if not self._in_flight[address]:
+                await self._channels.pop(address).close(None)
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self.keep(())
+        for address in tuple(self._channels):
+            await self._channels.pop(address).close(None)
 
     def _stub(self, address: str) -> experts_pb2_grpc.ExpertPoolStub:
         if address not in self._channels:
@@ -54,10 +59,14 @@ class ExpertServers:
         return experts_pb2_grpc.ExpertPoolStub(self._channels[address])
 
     async def _call(
-        self, method: Callable[..., Awaitable[experts_pb2.PoolDescription]], request: Any
+        self,
+        address: str,
+        method: Callable[..., Awaitable[experts_pb2.PoolDescription]],
+        request: Any,
     ) -> experts_pb2.PoolDescription:
+        self._in_flight[address] += 1
         try:
-            return status.parsed(await method(request, timeout=CALL_TIMEOUT_S), "an expert server")
+            return status.parsed(await method(request, timeout=CALL_TIMEOUT_S), address)
         except errors.DataLoss as error:
             raise errors.Unavailable(error.message) from None
         except grpc.RpcError as error:
@@ -65,3 +74,7 @@ class ExpertServers:
             if isinstance(found, errors.DeadlineExceeded):
                 raise errors.Unavailable("the expert server does not answer") from None
             raise found from None
+        finally:
+            self._in_flight[address] -= 1
+            if not self._in_flight[address]:
+                del self._in_flight[address]

@@ -60,7 +60,8 @@ class KedaScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
                     told = is_active
                     yield externalscaler_pb2.IsActiveResponse(result=is_active)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._closing.wait()
 
     async def GetMetricSpec(
         self, request: externalscaler_pb2.ScaledObjectRef, context: Any

@@ -1,4 +1,4 @@
-"""The loop: signals -> decision -> replicas, and shards to servers. Never on the token path."""
+"""The loops: signals -> decision -> replicas, and shards to servers. Never on the token path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ScalingLoop:
     backend: None where nobody scales; shards are placed all the same.
     applies: whether decisions are carried out by the backend; otherwise somebody else does it, and
         `decision` is for him to read.
-    may_act: asked before every step.
+    may_act: asked before every step, and before anything is scaled.
     """
 
     def __init__(
@@ -62,26 +62,46 @@ class ScalingLoop:
         )
         self._replicas: Mapping[Pool, int] = {}
         self._is_away = False
+        self._decided_at = float("-inf")
 
     async def run(self, changed: Callable[[Topology], Awaitable[None]]) -> None:
-        """Runs until cancelled. `changed` returns when the topology is another than the given."""
-        decided_at = float("-inf")
+        """Runs until cancelled. `changed` returns when the topology is another than the given.
+
+        Shards are placed beside the decisions: a backend that hangs holds up no placement.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._rounds(changed, self._scale, self._undecided_s))
+            tasks.create_task(self._rounds(changed, self.place, lambda: 0.0))
+
+    async def _rounds(
+        self,
+        changed: Callable[[Topology], Awaitable[None]],
+        step: Callable[[], Awaitable[None]],
+        spent_s: Callable[[], float],
+    ) -> None:
+        """A step every `interval_s`, of which some are spent when it has ended, and after every
+        change."""
         while True:
             seen = self._membership.topology
             if self._may_act():
                 try:
-                    if self._clock() - decided_at >= self._interval_s:
-                        decided_at = self._clock()
-                        await self.decide()
-                    if self._may_act():  # the backend may have taken its time
-                        await self.place()
+                    await step()
                 except Exception:
                     # One bad step must not end all that follow.
                     log.exception("step_failed")
-            left_s = self._interval_s - (self._clock() - decided_at)
             with contextlib.suppress(TimeoutError):
                 await asyncio.sleep(MIN_PAUSE_S)
-                await asyncio.wait_for(changed(seen), max(MIN_PAUSE_S, left_s))
+                async with asyncio.timeout(max(MIN_PAUSE_S, self._interval_s - spent_s())):
+                    await changed(seen)
+
+    def _undecided_s(self) -> float:
+        return self._clock() - self._decided_at
+
+    async def _scale(self) -> None:
+        if self._undecided_s() >= self._interval_s:
+            self._decided_at = self._clock()
+            await self.decide()
+        await self.retire()
 
     async def decide(self) -> None:
         """One decision, carried out as far as it can be at once."""
@@ -106,13 +126,15 @@ class ScalingLoop:
                 self._journal = None
         if self._retirements is not None:
             for pool, wanted in self.decision.replicas.items():
+                if not self._may_act():  # the backend may have taken its time
+                    return
                 try:
                     await self._apply(pool, wanted, signals)
                 except errors.ChiasmError as error:
                     log.warning("not_scaled", pool=pool, error=error.message[:256])
 
     async def place(self) -> None:
-        """One step of placement, and of retirements."""
+        """One step of placement."""
         topology, observation = self._membership.topology, self._planner.observation
         loads: Mapping[Modality, tuple[float, ...]] = dict.fromkeys(Modality, ())
         if observation is not None:
@@ -123,12 +145,16 @@ class ScalingLoop:
             leaving=self._leaving(topology),
             expected={m: self._replicas[p] for m, p in EXPERT_POOLS.items() if p in self._replicas},
         )
-        if self._retirements is not None:
-            try:
-                await self._retirements.step(topology, self._replicas)
-            except errors.ChiasmError as error:
-                log.warning("not_retired", error=error.message[:256])
         await self._servers.keep({member.address for member in topology.members})
+
+    async def retire(self) -> None:
+        """One step of retirements."""
+        if self._retirements is None or not self._may_act():
+            return
+        try:
+            await self._retirements.step(self._membership.topology, self._replicas)
+        except errors.ChiasmError as error:
+            log.warning("not_retired", error=error.message[:256])
 
     def _leaving(self, topology: Topology) -> Collection[str]:
         """member_ids of those that shall end up with no shards: by their own word, or retired."""

@@ -45,7 +45,8 @@ async def next_part(
 ) -> encoder_pb2.EncodeRequest | None:
     """The next message, None after the last. Raises DeadlineExceeded when none comes in time."""
     try:
-        return await asyncio.wait_for(anext(requests, None), CHUNK_TIMEOUT_S)
+        async with asyncio.timeout(CHUNK_TIMEOUT_S):
+            return await anext(requests, None)
     except TimeoutError:
         raise errors.DeadlineExceeded(
             f"no part of the upload for {CHUNK_TIMEOUT_S:.0f} s", reason="UPLOAD_STALLED"

@@ -207,6 +207,7 @@ class World(ExpertServers):
             self.membership.expire(self.now)
             await self.loop.decide()
             await self.loop.place()
+            await self.loop.retire()
 
     def shards(self, modality: Modality = Modality.TEXT) -> dict[str, tuple[int, ...]]:
         """What each server of a pool has loaded."""

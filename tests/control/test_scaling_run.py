@@ -6,11 +6,12 @@ import asyncio
 from unittest.mock import AsyncMock, Mock
 
 import pytest
-from control.scaling_world import world
+from control.scaling_world import NUM_SHARDS, world
 
 from chiasm.orchestrator.loop import ScalingLoop
 from chiasm.orchestrator.placer import Placer
 from chiasm.orchestrator.planner import Planner
+from chiasm.orchestrator.types import Pool
 
 
 async def test_the_loop_goes_round_on_changes_and_survives_a_bad_step(
@@ -40,6 +41,36 @@ async def test_the_loop_goes_round_on_changes_and_survives_a_bad_step(
             changes.put_nowait(None)
     running.cancel()
     log.exception.assert_called_once_with("step_failed")
+
+
+async def test_shards_are_placed_though_the_backend_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    before = len(system.scaled)
+    asked = asyncio.Event()
+
+    async def replicas() -> dict[Pool, int]:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    changes: asyncio.Queue[None] = asyncio.Queue()
+
+    async def changed(_: object) -> None:
+        await changes.get()
+
+    monkeypatch.setattr(system, "replicas", replicas)
+    running = asyncio.create_task(system.loop.run(changed))
+    async with asyncio.timeout(10):
+        await asked.wait()
+        system.kill("text-experts-1")
+        changes.put_nowait(None)
+        survivor = system.processes["text-experts-2"]
+        while survivor.told != tuple(range(NUM_SHARDS)):  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert len(system.scaled) == before
 
 
 async def test_who_stops_being_the_leader_while_the_backend_is_asked_places_nothing(

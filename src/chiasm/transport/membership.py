@@ -112,12 +112,14 @@ class Member:
                 self._joined = True
             if leaving:
                 await call.done_writing()
-                await asyncio.wait_for(call.read(), ANSWER_TIMEOUT_S)
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    await call.read()
                 return
             # Back within a lease: so long a restarted orchestrator waits for its members.
             self._retry_max_s = min(RETRY_MAX_S, lease_s / REPORTS_PER_LEASE)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), lease_s / REPORTS_PER_LEASE)
+                async with asyncio.timeout(lease_s / REPORTS_PER_LEASE):
+                    await self._changed.wait()
 
     def _message(self) -> control_pb2.MemberReport:
         message = member_to_proto(self.report)
