@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +42,12 @@ class ExpertEngine:
         self._model, self._config = model, config
         self._verified: set[Path] | None = set() if verify else None
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+
+    def may_assign(self, shards: Iterable[int], epoch: int) -> bool:
+        """Whether an assignment is newer than the last one, or says the same again."""
+        if not self._num_assignments:
+            return True
+        return epoch > self.epoch or (epoch == self.epoch and frozenset(shards) == self._wanted)
 
     async def assign(
         self,

@@ -130,9 +130,11 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
             raise errors.InvalidArgument("shards", f"must lie below {self._limits.num_shards}")
         if request.epoch > MAX_EPOCH:
             raise errors.InvalidArgument("epoch", f"must be at most {MAX_EPOCH}")
-        if request.epoch < self._engine.epoch:
+        if not self._engine.may_assign(request.shards, request.epoch):
             raise errors.FailedPrecondition(
-                f"epoch {request.epoch} is older than {self._engine.epoch}", reason="STALE_EPOCH"
+                f"epoch {request.epoch} is not newer than {self._engine.epoch}, in which other "
+                "shards were assigned",
+                reason="STALE_EPOCH",
             )
         task = asyncio.create_task(
             self._engine.assign(

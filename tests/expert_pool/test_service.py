@@ -272,11 +272,14 @@ def test_describe_assign_and_drain(tiny_checkpoint: Path, config: ModelConfig) -
         assert answers[2].error.code == code_pb2.NOT_FOUND
         for stale in (
             experts_pb2.AssignRequest(shards=[0], epoch=6),
+            experts_pb2.AssignRequest(shards=[0], epoch=7),
             experts_pb2.AssignRequest(shards=[2], epoch=8),
             experts_pb2.AssignRequest(shards=[0, 1, 1], epoch=8),
             experts_pb2.AssignRequest(shards=[0], epoch=2**62),
         ):
             assert_refused(stub, stale)
+        again = experts_pb2.AssignRequest(shards=[1], epoch=7)
+        assert list(stub.Assign(again, timeout=TIMEOUT_S).loaded_shards) == [1]
         lease = experts_pb2.DrainRequest(lease_ms=300)
         assert stub.Drain(lease, timeout=TIMEOUT_S).draining
         end = time.monotonic() + TIMEOUT_S
