@@ -136,14 +136,27 @@ def test_declared_size_is_refused_before_decoding(png, processing):
         assert error.value.field == "image"
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("width", "height"), [(10_000, 9_500), (30_000, 20_000)])
-def test_no_other_bound_than_the_one_given(width: int, height: int) -> None:
-    """Pillow has one of its own, beyond which it warns or refuses."""
+def _png_header(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     checksum = struct.pack(">I", zlib.crc32(header))
-    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + b"\0\0\0\0IDAT"
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + b"\0\0\0\0IDAT"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("width", "height"), [(10_000, 9_500), (30_000, 20_000), (65_535, 9)])
+def test_no_other_bound_on_pixels_than_the_one_given(width: int, height: int) -> None:
+    """Pillow has one of its own, beyond which it warns or refuses."""
+    data = _png_header(width, height)
     assert probe_image(data, max_pixels=width * height) == (width, height)
+
+
+@pytest.mark.parametrize(("width", "height"), [(100_000_000, 1), (1, 65_536)])
+def test_a_side_is_bounded_too(width: int, height: int, processing: ProcessingConfig) -> None:
+    """Resizing a row of so many pixels would take gigabytes."""
+    for refuse in (probe_image, lambda d: preprocess_image(d, processing)):
+        with pytest.raises(InvalidArgument, match="limit 65535 a side") as error:
+            refuse(_png_header(width, height))
+        assert error.value.field == "image"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

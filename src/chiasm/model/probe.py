@@ -16,10 +16,14 @@ import av
 from PIL import Image
 
 from chiasm.errors import InvalidArgument
+from chiasm.model.boxes import check_boxes, is_boxed
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_VIDEO_PIXELS = 36_000_000
 """Of one frame, a little above 8K: decoders hold many frames at a time."""
+
+MAX_SIDE = 65_535
+"""Of a picture, as of JPEG: resizing takes memory by the side, not by the pixels alone."""
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _ORIENTATION_TAG = 0x0112
@@ -29,7 +33,8 @@ _MARGINS = 256 * 256
 
 # Demuxers that read the bytes at hand. Others (hls, dash, concat, ...) open whatever file or
 # address a playlist names.
-_CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+_BOXED = "mov,mp4"
+_CONTAINERS = "matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 
 # Codecs whose size MP4 leaves to the decoder; none has frames above 8191 x 8191.
 _SIZED_BY_DECODERS = "mpeg4,h263,h261"
@@ -73,13 +78,16 @@ class VideoInfo:
 
 
 def check_size(field: str, width: int, height: int, max_pixels: int) -> None:
-    """Raises InvalidArgument(field) for an empty picture and for one above `max_pixels`."""
+    """Raises InvalidArgument(field) for an empty picture, and for one above `max_pixels` or with a
+    side above MAX_SIDE."""
     if width < 1 or height < 1:  # FFmpeg clears a size it refuses
         raise InvalidArgument(field, f"declares no size, or one far above {max_pixels} pixels")
     if width * height > max_pixels:
         raise InvalidArgument(
             field, f"declares {width} x {height} pixels, limit {max_pixels} in all"
         )
+    if max(width, height) > MAX_SIDE:
+        raise InvalidArgument(field, f"declares {width} x {height} pixels, limit {MAX_SIDE} a side")
 
 
 def check_length(num_frames: int, num_pixels: int, limits: VideoLimits) -> None:
@@ -135,8 +143,13 @@ def open_video(source: Source, limits: VideoLimits) -> Iterator[tuple[Any, Any]]
     # Holds for every frame a decoder makes room for, whatever the header says. Room has margins, so
     # this bound is loose: check_size is the exact one.
     bound = {"max_pixels": str(2 * limits.max_pixels + _MARGINS)}
+    file = _opened(source)
+    has_boxes = is_boxed(file)
+    if has_boxes:
+        check_boxes(file)
+    file.seek(0)
     options = {
-        "format_whitelist": _CONTAINERS,
+        "format_whitelist": _BOXED if has_boxes else _CONTAINERS,
         "protocol_whitelist": "none",
         # Opening would decode first frames of any codec and size: no bound reaches the decoders of
         # streams that are only found on the way.
@@ -144,7 +157,7 @@ def open_video(source: Source, limits: VideoLimits) -> Iterator[tuple[Any, Any]]
         **bound,
     }
     try:
-        with av.open(_opened(source), options=options, metadata_errors="ignore") as container:
+        with av.open(file, options=options, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise InvalidArgument("video", "has no video stream")
             stream = container.streams.video[0]
