@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import structlog
@@ -16,11 +15,17 @@ from chiasm import errors
 from chiasm.membership import MemberInfo
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.deadline import Deadline
-from chiasm.services.gateway.members import MemberSearch, Waiting, may_try_another, peer_error
+from chiasm.services.gateway.members import (
+    BrokenOff,
+    MemberSearch,
+    Waiting,
+    may_try_another,
+    peer_error,
+    was_accepted,
+)
 from chiasm.telemetry import metrics, traces
 from chiasm.transport import status
 from chiasm.transport.membership import TopologyWatcher
-from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc
 
 MAX_RESUMES = 3
@@ -30,10 +35,6 @@ PROGRESS = 256
 """An answer that got so many tokens from a decoder may outlive as many as at its beginning."""
 
 log = structlog.get_logger()
-
-
-class _BrokenOff(errors.Unavailable):
-    """The end of a call that the decoder had taken in hand."""
 
 
 @dataclass(slots=True)
@@ -80,7 +81,7 @@ class Decoders:
         decoder refused with.
         """
         search, resumes_left = self._search(deadline), MAX_RESUMES
-        was_accepted = bool(generated)
+        was_taken = bool(generated)
         while True:
             decoder = self._choose(await search.candidates(), home)
             num_before, has_output = len(generated), False
@@ -93,18 +94,18 @@ class Decoders:
                     yield event
                 return
             except errors.ChiasmError as error:
-                if was_accepted and isinstance(error, errors.AlreadyExists):
+                if was_taken and isinstance(error, errors.AlreadyExists):
                     # By itself: that decoder has not noticed yet that the connection broke.
                     error = self._lost(error)
                 if not may_try_another(error):
                     raise
-                was_accepted |= has_output or isinstance(error, _BrokenOff)
+                was_taken |= has_output or isinstance(error, BrokenOff)
                 has_gone_on = len(generated) > num_before
                 if len(generated) - num_before >= PROGRESS:
                     resumes_left = MAX_RESUMES
                 if has_output and not generated:
                     raise self._final(error) from None  # what concerns the prompt is sent once
-                if has_gone_on or isinstance(error, _BrokenOff):
+                if has_gone_on or isinstance(error, BrokenOff):
                     if not resumes_left:
                         raise self._final(error) from None
                     resumes_left -= 1
@@ -187,8 +188,8 @@ class Decoders:
             if is_finished:
                 return  # all has been said
             error = peer_error(failure)
-            if error.reason == errors.Unavailable.default_reason and await _was_accepted(call):
-                error = _BrokenOff(error.message)
+            if error.reason == errors.Unavailable.default_reason and await was_accepted(call):
+                error = BrokenOff(error.message)
             traces.mark_failed(span, error)
             raise error from None
         finally:
@@ -197,11 +198,6 @@ class Decoders:
             self._in_flight[decoder.address] -= 1
             if not self._in_flight[decoder.address]:
                 del self._in_flight[decoder.address]
-
-
-async def _was_accepted(call: grpc.aio.UnaryStreamCall[Any, Any]) -> bool:
-    """Whether the decoder of a call that has ended had taken it in hand."""
-    return ACCEPTED_KEY in dict(await call.initial_metadata() or ())
 
 
 def _continued(

@@ -19,7 +19,14 @@ from chiasm.membership import MemberInfo
 from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.services.gateway.domain import Encoded, MediaItem
-from chiasm.services.gateway.members import MemberSearch, Waiting, may_try_another, peer_error
+from chiasm.services.gateway.members import (
+    BrokenOff,
+    MemberSearch,
+    Waiting,
+    may_try_another,
+    peer_error,
+    was_accepted,
+)
 from chiasm.telemetry import traces
 from chiasm.transport import status
 from chiasm.transport.enums import WIRE_MEDIA_KINDS
@@ -29,6 +36,9 @@ from chiasm.v1 import encoder_pb2, encoder_pb2_grpc
 
 CHUNK_BYTES = 256 * 1024
 """Size of an upload's chunks: small beside the message bound, large beside the framing."""
+
+MAX_BREAKS = 3
+"""Encoders one item may outlive. A file that brings encoders down must not go through all."""
 
 log = structlog.get_logger()
 
@@ -95,6 +105,7 @@ class Encoders:
             deadline=deadline,
             waiting=self.waiting,
         )
+        breaks_left = MAX_BREAKS
         while True:
             encoder = rank(item.digest, await search.candidates())[0]
             try:
@@ -102,8 +113,19 @@ class Encoders:
             except errors.ChiasmError as error:
                 if not may_try_another(error):
                     raise
+                if isinstance(error, BrokenOff):
+                    if not breaks_left:
+                        raise self._lost(error) from None
+                    breaks_left -= 1
                 log.warning("encoder_away", encoder=encoder.address, error=error.message[:256])
                 search.failed(encoder, error)
+
+    def _lost(self, error: errors.ChiasmError) -> errors.Unavailable:
+        return errors.Unavailable(
+            f"encoders were lost while they encoded the item: {error.message}",
+            reason="ENCODER_LOST",
+            retry_after_s=self._retry_after_s,
+        )
 
     async def _try(
         self, encoder: MemberInfo, item: MediaItem, *, request_id: str, deadline: Deadline
@@ -120,8 +142,11 @@ class Encoders:
             )
             try:
                 result = status.parsed(await call, encoder.address)
-            except grpc.RpcError as error:
-                raise _translated(peer_error(error), item) from None
+            except grpc.RpcError as failure:
+                error = _translated(peer_error(failure), item)
+                if error.reason == errors.Unavailable.default_reason and await was_accepted(call):
+                    error = BrokenOff(error.message)
+                raise error from None
             finally:
                 upload.stop()
             grid = Grid(result.grid.t, result.grid.h, result.grid.w)

@@ -12,6 +12,7 @@ from chiasm.membership import MemberInfo, Topology
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.transport import status
 from chiasm.transport.membership import TopologyWatcher
+from chiasm.transport.messages import ACCEPTED_KEY
 
 _RETRY_PAUSE_S = 0.2
 
@@ -28,6 +29,15 @@ def may_try_another(error: errors.ChiasmError) -> bool:
     if isinstance(error, errors.ResourceExhausted):
         return error.retry_after_s is not None
     return isinstance(error, errors.Unavailable)
+
+
+class BrokenOff(errors.Unavailable):
+    """The end of a call that the member had taken in hand."""
+
+
+async def was_accepted(call: grpc.aio.Call) -> bool:
+    """Whether the member had taken a call in hand that has ended."""
+    return ACCEPTED_KEY in dict(await call.initial_metadata() or ())
 
 
 class Waiting:

@@ -14,6 +14,7 @@ from chiasm.services.vision_encoder.engine import EncoderEngine
 from chiasm.services.vision_encoder.upload import Header, Uploads, next_part
 from chiasm.telemetry import traces
 from chiasm.transport import loads, tensors
+from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.types import MediaKind
 from chiasm.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
 
@@ -50,7 +51,7 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
             span.set_attribute("chiasm.media.digest", header.digest)
             encoded = await engine.find(header.digest)
             if encoded is None:
-                encoded = await self._upload(engine, header, parts)
+                encoded = await self._upload(engine, header, parts, context)
             span.set_attributes(
                 {
                     "chiasm.media.patches": encoded.grid.num_patches,
@@ -102,10 +103,12 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
         engine: EncoderEngine,
         header: Header,
         parts: AsyncIterator[encoder_pb2.EncodeRequest],
+        context: Context,
     ) -> Encoded:
         engine.check_queue()  # before the file has come in vain
         with self._uploads.reserve(header.size_bytes):
             file = await self._uploads.receive(header, parts)
+            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
             return await engine.encode(header.digest, header.kind, file)
 
 

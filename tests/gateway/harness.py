@@ -117,7 +117,7 @@ class FakeEncoder(encoder_pb2_grpc.VisionEncoderServicer):
         self.metadata: list[dict[str, Any]] = []
         self.cached: set[str] = set()
         self.bytes_received = 0
-        self.is_stuck = False
+        self.is_stuck = self.breaks_off = False
         self.cancelled = asyncio.Event()
 
     async def Encode(
@@ -142,6 +142,9 @@ class FakeEncoder(encoder_pb2_grpc.VisionEncoderServicer):
             hashed = hashlib.sha256(_NAMES[header.kind] + b"\0" + data)
             assert hashed.hexdigest() == header.digest
             assert len(data) == header.size_bytes
+        if self.breaks_off:
+            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
+            raise errors.Unavailable("killed by this file")
         return encoder_pb2.EncodeResult(
             digest=header.digest, grid=GRIDS[header.kind], num_tokens=TOKENS[header.kind]
         )

@@ -16,7 +16,7 @@ from chiasm.client import AsyncClient, Tokens, assistant, image, user
 from chiasm.membership import MemberInfo, Role
 from chiasm.services.gateway import prompts
 from chiasm.services.gateway.domain import MediaItem, MediaSource
-from chiasm.services.gateway.encoders import rank
+from chiasm.services.gateway.encoders import MAX_BREAKS, rank
 from chiasm.services.gateway.media import data_uri, digest, take_in
 from chiasm.types import MediaKind
 
@@ -93,6 +93,26 @@ async def test_dead_encoder_is_replaced(stack: Stack, client: AsyncClient) -> No
     result = await client.complete([user(image(data))])
     assert result.usage.prompt_image_tokens == 6
     assert [len(e.headers) for a, e in encoders.items() if a != home] == [1]
+
+
+@pytest.mark.parametrize("num_well", [0, 1])
+async def test_a_file_that_brings_encoders_down_does_not_go_through_all(
+    num_well: int, stack: Stack, client: AsyncClient
+) -> None:
+    encoders = {(e := await stack.add_encoder()).address: e for _ in range(6)}
+    data = png()
+    ranked = rank(digest(MediaKind.IMAGE, data), stack.directory.current.encoders())
+    for member in ranked[: MAX_BREAKS + 1 - num_well]:
+        encoders[member.address].breaks_off = True
+    call = client.complete([user(image(data))])
+    if num_well:
+        assert (await call).usage.prompt_image_tokens == 6
+    else:
+        with pytest.raises(errors.Unavailable, match="killed by this file") as caught:
+            await call
+        assert caught.value.reason == "ENCODER_LOST"
+    tried = [len(encoders[member.address].headers) for member in ranked]
+    assert tried == [1] * (MAX_BREAKS + 1) + [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any, BinaryIO
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from chiasm.v1 import common_pb2, encoder_pb2
 
 NUM_ROWS, NUM_COLUMNS = 3000, 130
 GRID = Grid(1, 100, 120)
-NO_CONTEXT: Any = None
+CONTEXT: Any = AsyncMock()
 SETTINGS = PixelSettings(
     min_pixels=1, max_pixels=10, rescale_factor=1 / 255, mean=(0, 0, 0), std=(1, 1, 1)
 )
@@ -88,9 +89,9 @@ async def upload(data: bytes) -> AsyncIterator[encoder_pb2.EncodeRequest]:
 
 
 async def test_fetch_streams_every_row_in_order(servicer: VisionEncoderServicer) -> None:
-    result = await servicer.Encode(upload(b"x"), NO_CONTEXT)
+    result = await servicer.Encode(upload(b"x"), CONTEXT)
     request = encoder_pb2.FetchRequest(digest=result.digest)
-    chunks = [chunk async for chunk in servicer.Fetch(request, NO_CONTEXT)]
+    chunks = [chunk async for chunk in servicer.Fetch(request, CONTEXT)]
     assert len(chunks) == 2
     rows = b"".join(chunk.rows.data for chunk in chunks)
     first_column = torch.frombuffer(bytearray(rows), dtype=torch.float32).view(NUM_ROWS, -1)[:, 0]
@@ -102,7 +103,7 @@ async def test_fetch_streams_every_row_in_order(servicer: VisionEncoderServicer)
 async def test_unavailable_while_loading() -> None:
     servicer = VisionEncoderServicer(uploads())
     with pytest.raises(errors.Unavailable) as caught:
-        await servicer.Encode(upload(b"x"), NO_CONTEXT)
+        await servicer.Encode(upload(b"x"), CONTEXT)
     assert caught.value.retry_after_s is not None
     await servicer.drain()
     await servicer.close()
@@ -112,7 +113,7 @@ async def test_drain_finishes_what_is_under_way(
     servicer: VisionEncoderServicer, model: SmallModel
 ) -> None:
     model.gate.clear()
-    running = asyncio.create_task(servicer.Encode(upload(b"x"), NO_CONTEXT))
+    running = asyncio.create_task(servicer.Encode(upload(b"x"), CONTEXT))
     engine = servicer.engine
     assert engine is not None
     async with asyncio.timeout(10):
@@ -121,7 +122,7 @@ async def test_drain_finishes_what_is_under_way(
     draining = asyncio.create_task(servicer.drain())
     await asyncio.sleep(0)
     with pytest.raises(errors.Unavailable) as caught:
-        await servicer.Encode(upload(b"y"), NO_CONTEXT)
+        await servicer.Encode(upload(b"y"), CONTEXT)
     assert caught.value.reason == "DRAINING"
     assert not draining.done()
     model.gate.set()
@@ -134,13 +135,13 @@ async def test_full_queue_refuses_before_the_file_has_come(model: SmallModel) ->
     engine = servicer.engine = EncoderEngine(model, cache_bytes=1 << 22, max_queue_patches=1)
     engine.start()
     model.gate.clear()
-    running = asyncio.create_task(servicer.Encode(upload(b"x"), NO_CONTEXT))
+    running = asyncio.create_task(servicer.Encode(upload(b"x"), CONTEXT))
     async with asyncio.timeout(10):
         while not engine.load().queued_items:  # noqa: ASYNC110  # filled by a thread's answer
             await asyncio.sleep(0.001)
     second = upload(b"y")
     with pytest.raises(errors.ResourceExhausted) as caught:
-        await servicer.Encode(second, NO_CONTEXT)
+        await servicer.Encode(second, CONTEXT)
     assert caught.value.retry_after_s is not None
     assert (await anext(second)).chunk == b"y", "nobody has taken it"
     model.gate.set()
@@ -155,8 +156,8 @@ async def test_spans_of_the_threads_belong_to_the_call(
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(traces, "tracer", provider.get_tracer("test"))
-    await servicer.Encode(upload(b"x"), NO_CONTEXT)
-    await servicer.Encode(upload(b"x"), NO_CONTEXT)
+    await servicer.Encode(upload(b"x"), CONTEXT)
+    await servicer.Encode(upload(b"x"), CONTEXT)
     preprocess, vit, encode, again = exporter.get_finished_spans()
     assert [s.name for s in (preprocess, vit, encode, again)] == [
         "preprocess",
@@ -184,7 +185,7 @@ async def test_metrics_count_the_work(servicer: VisionEncoderServicer) -> None:
     }
     before = {n: REGISTRY.get_sample_value(n, labels) or 0 for n, labels in names.items()}
     for _ in range(3):
-        await servicer.Encode(upload(b"x"), NO_CONTEXT)
+        await servicer.Encode(upload(b"x"), CONTEXT)
     after = {n: REGISTRY.get_sample_value(n, labels) or 0 for n, labels in names.items()}
     assert [after[n] - before[n] for n in names] == [GRID.num_patches, 1, 2, 1]
     assert REGISTRY.get_sample_value("chiasm_encoder_queued_patches") == 0

@@ -15,7 +15,7 @@ MAX_EPOCH = (1 << 62) - 1
 """Largest placement epoch: whoever counts on from it by ones does not leave uint64."""
 
 ACCEPTED_KEY = "chiasm-accepted"
-"""Initial metadata of a decoder that has taken a request in hand."""
+"""Initial metadata of a decoder, or an encoder, that has taken a request in hand."""
 
 
 def request_bytes(num_tokens: int, hidden_size: int, top_k: int) -> int:
