@@ -7,23 +7,20 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from model.mp4_boxes import Change, box, changed, table
 
 from chiasm.errors import InvalidArgument
 from chiasm.model.boxes import MAX_SAMPLES, check_boxes
 from chiasm.model.probe import VideoInfo, VideoLimits, probe_video
 
 HUGE = 170_000_000
-CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
 INFO = VideoInfo(width=64, height=48, num_frames=3, fps=10.0)
-
-Change = Callable[[bytes], bytes]
 
 
 def movie(
@@ -47,30 +44,6 @@ def movie(
             out.mux(track.encode(silence))
             out.mux(track.encode())
     return file.getvalue()
-
-
-def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    while data:
-        size, kind = struct.unpack(">I4s", data[:8])
-        yield kind, data[8:size]
-        data = data[size:]
-
-
-def box(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I4s", len(body) + 8, kind) + body
-
-
-def changed(data: bytes, changes: dict[bytes, Change]) -> bytes:
-    """The file with what some boxes hold changed; of those that hold boxes, the outcome."""
-    out = b""
-    for kind, body in boxes(data):
-        inner = changed(body, changes) if kind in CONTAINERS else body
-        out += box(kind, changes[kind](inner) if kind in changes else inner)
-    return out
-
-
-def table(*numbers: int) -> Change:
-    return lambda _: struct.pack(f">I{len(numbers)}I", 0, *numbers)
 
 
 TABLES = {

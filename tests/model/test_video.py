@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from model.mp4_boxes import box, boxes, changed, table
 from transformers import Ernie4_5_VLMoeVideoProcessor
 
 from chiasm.errors import InvalidArgument
@@ -64,6 +66,30 @@ def test_frames_without_fps(num_frames, film, tmp_path, config):
     ours, judge = _settings(tmp_path, config)
     frames = _frames(num_frames, seed=num_frames)
     _assert_equal(film(frames), frames, 10.0, ours, judge)
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 30), (7, 20), (25, 15), (39, 1)])
+def test_frames_that_an_edit_cuts_off_do_not_count(start, count, film, tmp_path, config):
+    """As a phone cuts a film: all is there, and an edit list says what is shown."""
+    ours, judge = _settings(tmp_path, config, min_frames=4, max_frames=12)
+    frames = _frames(40, seed=start)
+
+    def cut(trak: bytes) -> bytes:
+        found = []
+        changed(trak, {b"stts": lambda body: found.append(body) or body})
+        (ticks,) = struct.unpack(">I", found[0][12:16])  # of a frame
+        edit = table(1, 1000 * count // 10, ticks * start, 1 << 16)(b"")
+        kept = b"".join(box(k, b) for k, b in boxes(trak) if k != b"edts")
+        return kept + box(b"edts", box(b"elst", edit))
+
+    data = changed(film(frames, container="mp4"), {b"trak": cut})
+    shown = frames[start : start + count]
+    if count == 1:
+        shown = np.repeat(shown, 2, axis=0)  # the reference cannot read a single one
+    expected = _expected(judge, shown, 10.0)
+    patches = preprocess_video(data, ours)
+    assert list(patches.grid) == expected["video_grid_thw"][0].tolist()
+    assert torch.equal(patches.pixels, expected["pixel_values_videos"])
 
 
 def test_one_frame_is_doubled(film, tmp_path, config):

@@ -57,8 +57,22 @@ def read_video(
     limits = limits or VideoLimits()
     info = probe_video(source, limits)
     total = info.num_frames or _count_frames(source, limits, on_frame)
-    indices = sample_indices(total, info.fps, processing.video)
-    times = _timestamps(indices, info.fps, processing.video)
+    try:
+        return _sampled(source, total, info.fps, processing, limits, on_frame)
+    except _FewerFrames as found:  # as of a film that was cut: its header counts what it lost
+        return _sampled(source, found.count, info.fps, processing, limits, on_frame)
+
+
+def _sampled(
+    source: Source,
+    total: int,
+    fps: float | None,
+    processing: ProcessingConfig,
+    limits: VideoLimits,
+    on_frame: Callable[[], None],
+) -> RawPatches:
+    indices = sample_indices(total, fps, processing.video)
+    times = _timestamps(indices, fps, processing.video)
     rows: torch.Tensor | None = None
     grid, taken = Grid(0, 0, 0), 0
     for frame in _frames(source, indices, limits, on_frame):
@@ -68,9 +82,16 @@ def read_video(
         stamp = times[taken] if processing.video.draw_timestamps else None
         rows[taken] = _prepare(frame, stamp, grid, processing)
         taken += 1
-    if rows is None:
-        raise InvalidArgument("video", "has no frame that can be decoded")
+    assert rows is not None
     return _merged(rows, taken, grid, processing)
+
+
+class _FewerFrames(Exception):
+    """There are fewer frames than the container tells."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
 
 
 def sample_indices(num_frames: int, fps: float | None, video: VideoSettings) -> list[int]:
@@ -113,8 +134,8 @@ def _count_frames(source: Source, limits: VideoLimits, on_frame: Callable[[], No
 def _frames(
     source: Source, indices: Sequence[int], limits: VideoLimits, on_frame: Callable[[], None]
 ) -> Iterator[np.ndarray]:
-    """The frames at `indices`, [H, W, 3] uint8, all of one size."""
-    wanted, last = set(indices), indices[-1]
+    """The frames at `indices`, [H, W, 3] uint8, all of one size. Raises _FewerFrames."""
+    wanted, last, count = set(indices), indices[-1], 0
     size: tuple[int, int] | None = None
     with open_video(source, limits) as (container, stream):
         for index, frame in enumerate(_decoded(container, stream, limits, on_frame)):
@@ -126,6 +147,10 @@ def _frames(
                 yield pixels
             if index == last:
                 return
+            count = index + 1
+    if not count:
+        raise InvalidArgument("video", "has no frame that can be decoded")
+    raise _FewerFrames(count)
 
 
 def _decoded(
