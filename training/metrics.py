@@ -134,6 +134,8 @@ def plot(directory: Path) -> None:
 
 def _plot_load(directory: Path, plt: Any) -> None:
     """Layers down, experts across; the colour is the load over the mean load."""
+    if not (directory / LOADS).exists():  # a run that ended before its first line
+        return
     with (directory / LOADS).open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     figure, axes = plt.subplots(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 from importlib import import_module
 
 import grpc
@@ -252,6 +254,20 @@ async def test_waiting_for_what_does_not_come_is_unavailable() -> None:
     with pytest.raises(errors.Unavailable, match="a decoder is not available"):
         await watcher.wait_for(lambda t: bool(t.decoders()), timeout_s=0.05, what="a decoder")
     await watcher.close()
+
+
+def test_status_command_follows_changes_into_a_pipe(spawn: Spawn) -> None:
+    control = address(orchestrator(spawn, LONG_LEASE_MS))
+    command = [sys.executable, "-m", "chiasm", "status", "--watch", "--endpoint", control]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        try:
+            at = address(spawn("fake_service", "--orchestrator", control))
+            assert watching.stdout is not None
+            for line in watching.stdout:  # ends with the test's own time at the latest
+                if at in line:
+                    break
+        finally:
+            watching.kill()
 
 
 def test_status_command_shows_the_members(spawn: Spawn) -> None:

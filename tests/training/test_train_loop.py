@@ -236,3 +236,19 @@ def test_a_run_that_goes_on_takes_no_new_settings(flags: list[str], tmp_path: Pa
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), *flags])
     assert result.exit_code == 2
     assert f"no {flags[0]}" in result.stderr
+
+
+def test_a_run_that_ends_before_its_first_line_leaves_a_model(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--preset", "smoke", "--max-steps", "1", "--out", str(out)]
+    done = CliRunner().invoke(app, ["train", *flags])
+    assert done.exit_code == 0, done.output
+    assert (out / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("command", [["train", "--preset", "smoke", "--out"], ["synth"]])
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(command: list[str]) -> None:
+    done = CliRunner().invoke(app, [*command, "/proc/no/such/folder"])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

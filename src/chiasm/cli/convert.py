@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from chiasm.cli import failures
+from chiasm.telemetry import logs
 
 if TYPE_CHECKING:
     from chiasm.convert.plan import Options, Plan
@@ -50,6 +51,7 @@ def convert(
     """
     from chiasm.convert.plan import Options, make
 
+    logs.configure("convert", level="info")
     with failures.reported():
         options = Options(
             text_experts=text_experts,

@@ -37,9 +37,15 @@ def of_a_start() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Ends the command for a domain error that leaves the block."""
+    """Ends the command for an error that leaves the block: ours, or the operating system's, as of
+    a disk that is full."""
     try:
         yield
     except errors.ChiasmError as error:
         sys.stderr.write(f"error: {line(error)}\n")
         raise typer.Exit(exit_status(error)) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stderr.write(f"error: {line(error)}\n")
+        raise typer.Exit(FAILED) from None

@@ -74,15 +74,21 @@ async def _status(address: str, *, as_json: bool, watch: bool) -> None:
 
 
 async def _follow(watcher: TopologyWatcher, *, as_json: bool) -> None:
-    """Runs until interrupted: a table that changes in place, or a JSON object for every change."""
-    if as_json:
+    """Runs until interrupted: a table that changes in place on a terminal, else one for every
+    change, or a JSON object."""
+    console = Console()
+    if as_json or not console.is_terminal:
         topologies: asyncio.Queue[Topology] = asyncio.Queue()
         topologies.put_nowait(watcher.current)
         watcher.subscribe(topologies.put_nowait)
         while True:
             # Not in the callback: a reader that goes away, as `head` does, ends this task.
-            _write_json(await topologies.get())
-    with Live(table(watcher.current), console=Console(), auto_refresh=False) as live:
+            topology = await topologies.get()
+            if as_json:
+                _write_json(topology)
+            else:
+                console.print(table(topology))
+    with Live(table(watcher.current), console=console, auto_refresh=False) as live:
         while True:
             live.update(table(watcher.current), refresh=True)
             await asyncio.sleep(REFRESH_S)
@@ -92,7 +98,7 @@ def table(topology: Topology) -> Table:
     """The members, one a row."""
     caption = "complete" if topology.is_complete() else "incomplete"
     if topology.settling:
-        caption += "; the orchestrator has just started"
+        caption += "; members are still coming back"
     missing = ", ".join(f"{m} {s}" for m in Modality for s in topology.missing(m))
     if missing:
         caption += f"; no server for {missing}"

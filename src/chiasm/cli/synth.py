@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from chiasm.cli import failures
+from chiasm.telemetry import logs
 
 
 def synth(
@@ -29,6 +30,7 @@ def synth(
     """Writes a random checkpoint with the model's structure, tokenizer and configuration."""
     from chiasm.model.synth import find, synthesize
 
+    logs.configure("synth", level="info")
     with failures.reported():
         dimensions = find(preset)
         if layers is not None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from chiasm.cli import failures
 from chiasm.errors import InvalidArgument
+from chiasm.telemetry import logs
 
 _OF_A_NEW_RUN = ("preset", "out", "stage", "ablation", "seed")
 
@@ -39,6 +40,7 @@ def train(
     from chiasm.training import run
     from chiasm.training.progress import watching
 
+    logs.configure("train", level="info")
     with failures.reported():
         for name in _OF_A_NEW_RUN if resume is not None else ():
             source = context.get_parameter_source(name)
