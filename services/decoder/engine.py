@@ -40,7 +40,7 @@ IDLE_WAIT_S = 0.05
 """How often an engine that has only parked requests looks whether their pool is back."""
 
 TIDY_S = 1.0
-"""How often an engine without requests lets its pools see to what has arrived."""
+"""How often an engine lets its pools see to what has arrived: one may have nothing to do."""
 
 log = structlog.get_logger()
 
@@ -74,6 +74,7 @@ class Engine:
         self._inbox: deque[Sequence] = deque()
         self._wake = threading.Condition()
         self._stopped = False
+        self._tidied_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.steps = 0
         self.pulse = Pulse()
@@ -149,8 +150,8 @@ class Engine:
                 if self._stopped:
                     break
             try:
+                self._tidy()
                 if not self._has_work():
-                    self._pools.tidy()
                     continue
                 self.pulse.beat()
                 self._take_in()
@@ -165,6 +166,11 @@ class Engine:
         self._take_in()
         for sequence in list(self._scheduler):
             self._fail(sequence, errors.Unavailable("the decoder is stopping", retry_after_s=1.0))
+
+    def _tidy(self) -> None:
+        if time.monotonic() - self._tidied_at >= TIDY_S:
+            self._tidied_at = time.monotonic()
+            self._pools.tidy()
 
     def _has_work(self) -> bool:
         return bool(self._inbox) or any(self._scheduler)

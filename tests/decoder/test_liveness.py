@@ -89,12 +89,19 @@ def test_an_engine_whose_device_is_lost_is_not_alive_any_more(engine: Engine, he
     assert engine.pulse.stalled_s() == math.inf
 
 
-def test_pools_see_to_what_arrives_while_nobody_asks(engine: Engine, pool: Any) -> None:
-    """A server that comes and goes would leave lanes open until the next request."""
-    seen = threading.Event()
-    pool.tidy = seen.set
-    assert seen.wait(WAIT_S)
-    assert engine.pulse.stalled_s() == 0
+@pytest.mark.parametrize("has_work", [False, True])
+def test_pools_see_to_what_arrives_while_nobody_asks_them(
+    engine: Engine, pool: Any, has_work: bool
+) -> None:
+    """A server that comes and goes would leave lanes open until the next request for its pool."""
+    if has_work:
+        pool.is_covered = False
+        engine.submit(sequence(4, 2))
+    for _ in range(2):
+        seen = threading.Event()
+        pool.tidy = seen.set
+        assert seen.wait(WAIT_S)
+    assert has_work or engine.pulse.stalled_s() == 0
 
 
 def test_requests_that_wait_for_a_pool_do_not_stall_it(engine: Engine, pool: Any) -> None:

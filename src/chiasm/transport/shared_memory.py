@@ -112,10 +112,6 @@ class Slots:
         self.num_bytes = num_bytes
         self._free = list(range(count))
 
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
     def take(self) -> int | None:
         """Offset of a free slot; None when all are taken."""
         return heapq.heappop(self._free) * self.num_bytes if self._free else None
