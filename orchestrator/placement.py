@@ -171,12 +171,19 @@ class _Board:
     def thin(self, tolerance: float) -> bool:
         """Takes holders away that are not needed, from busy servers first; whether there were
         any."""
-        bound, has_changed = (1 + tolerance) * self._mean(), False
-        while drops := [d for s in self._capacity for d in self._drops(s) if d.top <= bound]:
-            drop = min(drops, key=lambda d: (-round(self._load[d.server], 9), d))
+        has_changed = False
+        while (drop := self._least_missed((1 + tolerance) * self._mean())) is not None:
             self._remove(drop.server, drop.shard)
             has_changed = True
         return has_changed
+
+    def _least_missed(self, bound: float) -> _Drop | None:
+        """What the busiest server that may give up something gives up, lifting nobody above
+        `bound`."""
+        for server in sorted(self._capacity, key=lambda s: (-round(self._load[s], 9), s)):
+            if drops := [drop for drop in self._drops(server) if drop.top <= bound]:
+                return min(drops)
+        return None
 
     def _mean(self) -> float:
         return sum(self._weights) / max(1, len(self._held))
