@@ -200,7 +200,7 @@ def test_chat_keeps_its_history(live: Any, picture: str) -> None:
 def test_chat_forgets_files_that_are_refused(live: Any, picture: str, tmp_path: Path) -> None:
     first, broken = len(live[1].requests), tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    lines = [f"/image {broken}", "one", "two", f"/image {picture}", "three", "/quit"]
+    lines = [f"/image {broken}", "one", "two", f"/image {picture}", "/image no", "three", "/quit"]
     done = chiasm_process(live, "chat", "--temperature", "0", stdin="\n".join(lines).encode())
     assert done.returncode == 0, done.stderr
     assert [len(request.media) for request in live[1].requests[first:]] == [0, 1]

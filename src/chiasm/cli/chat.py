@@ -77,7 +77,8 @@ class Session:
                     self._ask(line)
         except errors.ChiasmError as error:
             self._console.print(f"error: {failures.line(error)}", style="red", markup=False)
-            if isinstance(error, errors.InvalidArgument) and self._media:
+            is_refused = isinstance(error, errors.InvalidArgument) and command[0] != "/"
+            if is_refused and self._media:
                 self._media.clear()  # or the next message would be refused for them too
                 self._console.print("(the files wait no longer)", style="dim")
         return True
