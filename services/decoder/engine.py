@@ -352,8 +352,9 @@ class Engine:
     def _give_up(self, chunks: tuple[Chunk, ...], error: PoolFailed) -> None:
         """After a step that a pool cannot compute: its requests fail, the others go on."""
         failed = [c.sequence for c in chunks if error.modality in c.modalities]
-        if error.__cause__ is not None and is_device_lost(error.__cause__):
-            self._step_failed(failed, error.__cause__)
+        cause = error.__cause__
+        if cause is not None and (is_device_lost(cause) or is_out_of_memory(cause)):
+            self._step_failed(failed, cause)
             return
         ids = [sequence.request_id for sequence in failed]
         log.error("pool_failed", modality=error.modality, request_ids=ids, exc_info=error)

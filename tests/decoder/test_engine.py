@@ -107,16 +107,20 @@ def test_a_pool_of_this_process_fails_like_any_other() -> None:
         (torch.OutOfMemoryError("out of memory"), errors.Unavailable),
     ],
 )
+@pytest.mark.parametrize("is_colocated", [False, True])
 def test_a_step_that_fails_takes_along_nobody_else(
-    model: Any, failure: Exception, expected: type[errors.ChiasmError]
+    model: Any, failure: Exception, expected: type[errors.ChiasmError], is_colocated: bool
 ) -> None:
+    if is_colocated:
+        pool_failed = PoolFailed(Modality.TEXT)
+        pool_failed.__cause__, failure = failure, pool_failed
     engine = Engine(model, scheduler(64, max_running=1), POOLS, park_timeout_s=60)
     first, second = submitted(engine, sequence(5, 2)), submitted(engine, sequence(5, 1))
     model.failure = failure
     assert engine._step()
     (failed,) = first
     assert isinstance(failed, FailedEvent)
-    assert type(failed.error) is expected
+    assert isinstance(failed.error, expected)
     model.failure = None
     assert engine._step()
     assert [type(event) for event in second] == [TokenEvent, FinishedEvent]
