@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from chiasm.kernels import dense, native
 from chiasm.kernels.moe.reference import ShardWeights
 from chiasm.kernels.moe.scratch import groups
 from chiasm.kernels.quant.cpu import Runs, grouped_linear
@@ -41,12 +43,36 @@ def shard_partial(
     for experts in groups(counts, pair_bytes=_pair_bytes(weights.down, hidden.dtype)):
         runs = _runs(experts, counts, token[begin:])
         part = slice(begin, begin + len(runs.index))
-        scaled = _results(hidden, gate_up, weights.down, runs).float()
-        scaled *= expert_weights[token[part], choice[part], None]
-        for turn in _turns(slot[part]):
-            values.index_add_(0, slot[part][turn], scaled[turn])
+        results = _results(hidden, gate_up, weights.down, runs)
+        combine(results, expert_weights[token[part], choice[part]], slot[part], values)
         begin = part.stop
     return rows.to(torch.int32), values
+
+
+def combine(
+    results: torch.Tensor, weight: torch.Tensor, slot: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Adds weight[i] * results[i] to row slot[i] of values, in float32 and by ascending i.
+
+    results: [P, H]. weight: float32 [P]. slot: int64 [P]. values: float32 [N, H].
+    """
+    library = native.library()
+    known = {torch.float32: "chiasm_combine_float32", torch.bfloat16: "chiasm_combine_bfloat16"}
+    if library is None or results.dtype not in known:
+        scaled = results.float() * weight[:, None]
+        for turn in _turns(slot):
+            values.index_add_(0, slot[turn], scaled[turn])
+        return
+    given = [results.contiguous(), weight.float().contiguous(), slot.contiguous()]
+    getattr(library, known[results.dtype])(
+        dense.pointer(given[0]),
+        ctypes.c_int64(results.shape[1]),
+        *map(dense.pointer, given[1:]),
+        ctypes.c_int64(len(slot)),
+        dense.pointer(values),
+        ctypes.c_int64(len(values)),
+        torch.get_num_threads(),
+    )
 
 
 def _results(

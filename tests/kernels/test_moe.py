@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from quant.matrices import tcq2
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chiasm.kernels.moe import ShardWeights, scratch, shard_partial
+from chiasm.kernels import native
+from chiasm.kernels.moe import ShardWeights, cpu, scratch, shard_partial
 from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.kernels.quant.hadamard import RotatedMatrices
 from chiasm.types import shard_experts
@@ -139,3 +140,29 @@ def test_products_and_sum_are_float32_in_bfloat16() -> None:
             expected[t] += out.float() * weights[t, k]
     assert values.dtype is torch.float32
     assert torch.allclose(values, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "num_pairs", "width"), [(1, 6, 40), (9, 50, 33), (4, 1, 8)])
+def test_combining_has_the_same_bits_with_and_without_a_compiler(
+    num_rows: int,
+    num_pairs: int,
+    width: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever has no compiler may hold a replica; rows without a pair stay as they are."""
+    generator = torch.Generator().manual_seed(num_pairs)
+    results = torch.randn(num_pairs, width, generator=generator).to(dtype)
+    weight = torch.rand(num_pairs, generator=generator)
+    slot = torch.randint(num_rows, (num_pairs,), generator=generator)
+    before = torch.randn(num_rows, width, generator=generator)
+    found, expected = before.clone(), before.clone()
+    cpu.combine(results, weight, slot, found)
+    for pair in range(num_pairs):
+        expected[slot[pair]] += weight[pair] * results[pair].float()
+    assert torch.equal(found, expected)
+    monkeypatch.setattr(native, "library", lambda: None)
+    plain = before.clone()
+    cpu.combine(results, weight, slot, plain)
+    assert torch.equal(plain, expected)
