@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from chiasm.kernels import native
-from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.moe import ShardWeights, cpu, shard_partial
 from chiasm.kernels.quant import table, tcq2
 from chiasm.kernels.quant.formats import (
     DenseMatrices,
@@ -54,7 +54,12 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
                 row = _measure(weights, tokens, bandwidth, product)
                 rows.append({"bank": bank, "precision": precision, "tokens": tokens, **row})
                 report(_line(rows[-1]))
-    return {"read_bytes_per_s": bandwidth, "rows": rows, "encode": _encode_rate(report)}
+    return {
+        "read_bytes_per_s": bandwidth,
+        "rows": rows,
+        "combine": _combine_gain(report),
+        "encode": _encode_rate(report),
+    }
 
 
 def _measure(
@@ -100,6 +105,23 @@ def _product_rate(width: int) -> float:
     matrices = torch.randn(16, 2 * width, HIDDEN).bfloat16()
     seconds = _median(lambda: [F.linear(x, matrix) for matrix in matrices])
     return 2 * rows * matrices.numel() / seconds
+
+
+def _combine_gain(report: Callable[[str], None]) -> dict[str, float]:
+    """A prefill's results added up by the compiled pass and by torch, in milliseconds."""
+    generator = torch.Generator().manual_seed(PREFILL)
+    results = torch.randn(PREFILL * TOP_K, HIDDEN, generator=generator).bfloat16()
+    weight, values = torch.rand(len(results), generator=generator), torch.zeros(PREFILL, HIDDEN)
+    slot = torch.randint(PREFILL, (len(results),), generator=generator)
+    ways = {"compiled_ms": cpu.combine, "torch_ms": cpu.combine_by_turns}
+    found = {
+        n: 1e3 * _median(lambda w=w: w(results, weight, slot, values)) for n, w in ways.items()
+    }
+    report(
+        f"results of {PREFILL} tokens are combined in "
+        + ", ".join(f"{ms:.2f} ms ({name.removesuffix('_ms')})" for name, ms in found.items())
+    )
+    return found
 
 
 def _encode_rate(report: Callable[[str], None]) -> dict[str, float]:

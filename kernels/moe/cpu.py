@@ -59,9 +59,7 @@ def combine(
     library = native.library()
     known = {torch.float32: "chiasm_combine_float32", torch.bfloat16: "chiasm_combine_bfloat16"}
     if library is None or results.dtype not in known:
-        scaled = results.float() * weight[:, None]
-        for turn in _turns(slot):
-            values.index_add_(0, slot[turn], scaled[turn])
+        combine_by_turns(results, weight, slot, values)
         return
     given = [results.contiguous(), weight.float().contiguous(), slot.contiguous()]
     getattr(library, known[results.dtype])(
@@ -73,6 +71,15 @@ def combine(
         ctypes.c_int64(len(values)),
         torch.get_num_threads(),
     )
+
+
+def combine_by_turns(
+    results: torch.Tensor, weight: torch.Tensor, slot: torch.Tensor, values: torch.Tensor
+) -> None:
+    """As `combine`, in torch, and slower: what is scaled is held beside the results."""
+    scaled = results.float() * weight[:, None]
+    for turn in _turns(slot):
+        values.index_add_(0, slot[turn], scaled[turn])
 
 
 def _results(
