@@ -32,8 +32,9 @@ void product(
     for (int m = 0; m < M; ++m) given[m] = load(x[m] + i, mask);
     for (int r = 0; r < R; ++r) {
       const uint16_t* at = weight + r * k + i;
-      // The same place of the next R rows: not every machine prefetches streams by itself.
-      _mm_prefetch(reinterpret_cast<const char*>(at + R * k), _MM_HINT_T0);
+      // The same place of the next R rows: not every machine prefetches streams by itself. To the
+      // second level: the first one has no room for so much so early.
+      _mm_prefetch(reinterpret_cast<const char*>(at + R * k), _MM_HINT_T1);
       const __m512bh held = load(at, mask);
       for (int m = 0; m < M; ++m) total[r][m] = _mm512_dpbf16_ps(total[r][m], held, given[m]);
     }

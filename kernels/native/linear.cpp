@@ -30,7 +30,7 @@ struct Part {
 
 #ifdef LANES
 
-constexpr int64_t AHEAD = 4096;  // bytes; not every machine prefetches streams by itself
+constexpr int64_t AHEAD = 8192;  // bytes; not every machine prefetches streams by itself
 
 // A row of a matrix. load: the codes of step i as unsigned bytes by plane, of which `count` are
 // there. lanes: the scale of each lane of step i. finish: the row's result from the lanes' sum.
@@ -147,7 +147,7 @@ struct Product {
     __m512 lanes[R];
     for (int r = 0; r < R; ++r) {
       for (int line = 0; line < Shape<F>::codes; line += 64)
-        _mm_prefetch(row[r].codes + Shape<F>::codes * i + line + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(row[r].codes + Shape<F>::codes * i + line + AHEAD, _MM_HINT_T1);
       row[r].template load<IS_EDGE>(i, count, plane[r]);
       lanes[r] = row[r].lanes(i);
     }
