@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from chiasm.kernels import native
-from chiasm.kernels.moe import ShardWeights, cpu, shard_partial
+from chiasm.kernels.moe import ShardWeights, pairs, shard_partial
 from chiasm.kernels.quant import table, tcq2
 from chiasm.kernels.quant.formats import (
     DenseMatrices,
@@ -113,7 +113,7 @@ def _combine_gain(report: Callable[[str], None]) -> dict[str, float]:
     results = torch.randn(PREFILL * TOP_K, HIDDEN, generator=generator).bfloat16()
     weight, values = torch.rand(len(results), generator=generator), torch.zeros(PREFILL, HIDDEN)
     slot = torch.randint(PREFILL, (len(results),), generator=generator)
-    ways = {"compiled_ms": cpu.combine, "torch_ms": cpu.combine_by_turns}
+    ways = {"compiled_ms": pairs.combine, "torch_ms": pairs.combine_by_torch}
     found = {
         n: 1e3 * _median(lambda w=w: w(results, weight, slot, values)) for n, w in ways.items()
     }

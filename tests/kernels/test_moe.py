@@ -11,7 +11,7 @@ from quant.matrices import tcq2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.kernels import native
-from chiasm.kernels.moe import ShardWeights, cpu, scratch, shard_partial
+from chiasm.kernels.moe import ShardWeights, pairs, scratch, shard_partial
 from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.kernels.quant.hadamard import RotatedMatrices
 from chiasm.types import shard_experts
@@ -158,11 +158,27 @@ def test_combining_has_the_same_bits_with_and_without_a_compiler(
     slot = torch.randint(num_rows, (num_pairs,), generator=generator)
     before = torch.randn(num_rows, width, generator=generator)
     found, expected = before.clone(), before.clone()
-    cpu.combine(results, weight, slot, found)
+    pairs.combine(results, weight, slot, found)
     for pair in range(num_pairs):
         expected[slot[pair]] += weight[pair] * results[pair].float()
     assert torch.equal(found, expected)
     monkeypatch.setattr(native, "library", lambda: None)
     plain = before.clone()
-    cpu.combine(results, weight, slot, plain)
+    pairs.combine(results, weight, slot, plain)
     assert torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "first", "num_experts"),
+    [(1, 6, 0, 64), (40, 3, 8, 8), (5, 2, 12, 4), (7, 1, 0, 1)],
+)
+def test_pairs_are_the_same_with_and_without_a_compiler(
+    num_tokens: int, k: int, first: int, num_experts: int
+) -> None:
+    ids, weights = routing(num_tokens, max(16, first + num_experts), k, seed=num_tokens)
+    found = pairs.pairs_of(ids, weights, first, num_experts)
+    expected = pairs.pairs_by_torch(ids, weights, first, num_experts)
+    for name in ("rows", "token", "slot", "weight"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert getattr(found, name).dtype is getattr(expected, name).dtype
+    assert found.counts == expected.counts

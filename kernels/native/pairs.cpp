@@ -1,4 +1,5 @@
-// The weighted sum of each token's results: one pass over them, where torch takes one for each step.
+// Tokens to pairs of a token and an expert, and the pairs' results back to tokens: one pass each, where
+// torch takes one for every step.
 //
 // A product and a sum round by themselves, and a row's terms are added in the order of its pairs, so
 // the bits are those of `index_add_` in turns.
@@ -36,6 +37,39 @@ void combine(
 }  // namespace
 
 extern "C" {
+
+// The pairs of the experts [first, first + num_experts), by expert and within one by token. ids and
+// weights are [num_tokens, k]. rows: the tokens that have pairs, ascending. For each pair its token, the
+// place of that among rows, and its weight; counts: the pairs of each expert. Returns how many pairs
+// there are, and sets num_rows. Room is needed for num_tokens rows and num_tokens * k pairs.
+int64_t chiasm_pairs(
+    const int32_t* ids, const float* weights, int64_t num_tokens, int64_t k, int32_t first,
+    int32_t num_experts, int32_t* rows, int64_t* num_rows, int32_t* token, int64_t* slot,
+    float* weight, int32_t* counts) {
+  std::vector<int64_t> next(num_experts + 1);
+  std::fill(counts, counts + num_experts, 0);
+  for (int64_t i = 0; i < num_tokens * k; ++i) {
+    const int32_t expert = ids[i] - first;
+    if (expert >= 0 && expert < num_experts) ++counts[expert];
+  }
+  for (int32_t e = 0; e < num_experts; ++e) next[e + 1] = next[e] + counts[e];
+  const int64_t num_pairs = next[num_experts];
+  *num_rows = 0;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    bool is_mine = false;
+    for (int64_t i = t * k; i < (t + 1) * k; ++i) {
+      const int32_t expert = ids[i] - first;
+      if (expert < 0 || expert >= num_experts) continue;
+      const int64_t place = next[expert]++;
+      token[place] = int32_t(t);
+      slot[place] = *num_rows;
+      weight[place] = weights[i];
+      is_mine = true;
+    }
+    if (is_mine) rows[(*num_rows)++] = int32_t(t);
+  }
+  return num_pairs;
+}
 
 // values [num_rows, width] += weight[i] * results[i] for row slot[i], i ascending. results [P, width]
 // are float32.
