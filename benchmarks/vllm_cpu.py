@@ -46,8 +46,6 @@ SETTINGS = {
     "prompt": "chat",
     "input_len": "32",
     "output_len": "48",
-    "sweep": "concurrency=1,8,32",
-    "num_requests": 32,
     "repeat": 2,
     "warmup": 2,
 }
@@ -58,23 +56,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoints")
+    parser.add_argument("--sweep", default="concurrency=1,8,32", help="as of `chiasm bench serve`")
+    parser.add_argument("--requests", type=int, default=32, help="of each load and repeat")
     options = parser.parse_args()
+    load = {"sweep": options.sweep, "num_requests": options.requests}
     with documents.measuring("vllm_cpu") as document, contextlib.ExitStack() as running:
         work = options.work or Path(running.enter_context(tempfile.TemporaryDirectory()))
         model, twin = checkpoints(work)
         other = running.enter_context(vllm(options.vllm, twin))
         document["result"] = {
-            name: _compare(other, name, StackConfig(model=model, colocate=colocate, text_shards=1))
+            name: _compare(
+                other, name, StackConfig(model=model, colocate=colocate, text_shards=1), load
+            )
             for name, colocate in (("chiasm", False), ("chiasm-colocated", True))
         }
 
 
-def _compare(other: str, name: str, config: StackConfig) -> dict[str, Any]:
+def _compare(other: str, name: str, config: StackConfig, load: dict[str, Any]) -> dict[str, Any]:
     """vLLM at `other` and a stack of ours, side by side; prints the tables."""
     stack = LocalStack(config)
     try:
         sides = [f"vllm={other}", f"{name}={stack.start()}"]
-        bench = BenchOptions.model_validate({"compare": sides, **SETTINGS})
+        bench = BenchOptions.model_validate({"compare": sides, **SETTINGS, **load})
         outcome = asyncio.run(Experiment(bench, connector(bench)).run())
     finally:
         stack.stop()
