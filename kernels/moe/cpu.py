@@ -24,6 +24,9 @@ def shard_partial(
     weights: ShardWeights,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See kernels.moe.reference.shard_partial."""
+    # A thread that has asked torch for nothing yet would multiply with as many threads as OpenMP
+    # likes, and round by their number.
+    assert torch.get_num_threads()
     pairs = pairs_of(expert_ids, expert_weights, weights.first, weights.num_experts)
     values = torch.zeros(pairs.rows.numel(), hidden.shape[1], dtype=torch.float32)
     gate_up = weights.gate_up

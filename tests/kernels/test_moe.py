@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -182,3 +185,29 @@ def test_pairs_are_the_same_with_and_without_a_compiler(
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert getattr(found, name).dtype is getattr(expected, name).dtype
     assert found.counts == expected.counts
+
+
+def test_a_thread_that_has_done_nothing_yet_rounds_like_any_other() -> None:
+    """In a process of its own, where OpenMP would like more threads than torch is told to take."""
+    code = """
+import threading
+import torch
+from chiasm.kernels.moe import ShardWeights, shard_partial
+from chiasm.kernels.quant.formats import DenseMatrices
+torch.set_num_threads(1)
+make = torch.Generator().manual_seed(0)
+experts, hidden, width, tokens = 8, 128, 96, 20
+gate_up = torch.randn(experts, 2 * width, hidden, generator=make)
+down = torch.randn(experts, hidden, width, generator=make)
+weights = ShardWeights(first=0, gate_up=DenseMatrices(gate_up), down=DenseMatrices(down))
+x = torch.randn(tokens, hidden, generator=make)
+ids = torch.rand(tokens, experts, generator=make).topk(4).indices.int()
+share = torch.rand(tokens, 4, generator=make)
+found = [shard_partial(x, ids, share, weights)[1]]
+thread = threading.Thread(target=lambda: found.append(shard_partial(x, ids, share, weights)[1]))
+thread.start()
+thread.join()
+assert torch.equal(*found)
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
