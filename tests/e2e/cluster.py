@@ -200,7 +200,7 @@ def cluster(config: StackConfig) -> Iterator[Cluster]:
 def assert_ended_well(stack: Cluster, children: dict[str, Child]) -> None:
     """Every process that nobody killed has ended by itself, without a defect in any log."""
     codes = {name: c.exit_code for name, c in children.items() if name not in stack.ended}
-    assert codes == dict.fromkeys(codes, 0)
+    assert codes == dict.fromkeys(codes, 0), codes
     assert defects(stack.log_dir) == []
 
 
