@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from loopback import listening
 
 NONSENSE = b"\xff"
 
@@ -25,9 +26,5 @@ async def nonsense(service: str, answers: Mapping[str, bytes]) -> AsyncIterator[
     handlers = {name: handler(answer) for name, answer in answers.items()}
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(None)
+    async with listening(server) as address:
+        yield address

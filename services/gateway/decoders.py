@@ -19,9 +19,8 @@ from chiasm.services.gateway.members import (
     BrokenOff,
     MemberSearch,
     Waiting,
+    call_error,
     may_try_another,
-    peer_error,
-    was_accepted,
 )
 from chiasm.telemetry import metrics, traces
 from chiasm.transport import status
@@ -81,7 +80,7 @@ class Decoders:
         decoder refused with.
         """
         search, resumes_left = self._search(deadline), MAX_RESUMES
-        was_taken = bool(generated)
+        was_accepted = bool(generated)
         while True:
             decoder = self._choose(await search.candidates(), home)
             num_before, has_output = len(generated), False
@@ -94,12 +93,12 @@ class Decoders:
                     yield event
                 return
             except errors.ChiasmError as error:
-                if was_taken and isinstance(error, errors.AlreadyExists):
+                if was_accepted and isinstance(error, errors.AlreadyExists):
                     # By itself: that decoder has not noticed yet that the connection broke.
                     error = self._lost(error)
                 if not may_try_another(error):
                     raise
-                was_taken |= has_output or isinstance(error, BrokenOff)
+                was_accepted |= has_output or isinstance(error, BrokenOff)
                 has_gone_on = len(generated) > num_before
                 if len(generated) - num_before >= PROGRESS:
                     resumes_left = MAX_RESUMES
@@ -187,9 +186,7 @@ class Decoders:
         except grpc.RpcError as failure:
             if is_finished:
                 return  # all has been said
-            error = peer_error(failure)
-            if error.reason == errors.Unavailable.default_reason and await was_accepted(call):
-                error = BrokenOff(error.message)
+            error = await call_error(call, failure)
             traces.mark_failed(span, error)
             raise error from None
         finally:

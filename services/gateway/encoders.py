@@ -23,9 +23,8 @@ from chiasm.services.gateway.members import (
     BrokenOff,
     MemberSearch,
     Waiting,
+    call_error,
     may_try_another,
-    peer_error,
-    was_accepted,
 )
 from chiasm.telemetry import traces
 from chiasm.transport import status
@@ -143,10 +142,7 @@ class Encoders:
             try:
                 result = status.parsed(await call, encoder.address)
             except grpc.RpcError as failure:
-                error = _translated(peer_error(failure), item)
-                if error.reason == errors.Unavailable.default_reason and await was_accepted(call):
-                    error = BrokenOff(error.message)
-                raise error from None
+                raise _translated(await call_error(call, failure), item) from None
             finally:
                 upload.stop()
             grid = Grid(result.grid.t, result.grid.h, result.grid.w)

@@ -17,11 +17,23 @@ from chiasm.transport.messages import ACCEPTED_KEY
 _RETRY_PAUSE_S = 0.2
 
 
-def peer_error(error: grpc.RpcError) -> errors.ChiasmError:
-    """The error of a call to a member. A member that cancels our call is shutting down."""
-    if error.code() is grpc.StatusCode.CANCELLED:
-        return errors.Unavailable(error.details() or "the member ended the call")
-    return status.from_rpc_error(error)
+class BrokenOff(errors.Unavailable):
+    """The end of a call that the member had taken in hand."""
+
+
+async def call_error(call: grpc.aio.Call, failure: grpc.RpcError) -> errors.ChiasmError:
+    """What a call to a member has ended with: BrokenOff where the member had it in hand and says no
+    reason. A member that cancels our call is shutting down."""
+    if failure.code() is grpc.StatusCode.CANCELLED:
+        error: errors.ChiasmError = errors.Unavailable(
+            failure.details() or "the member ended the call"
+        )
+    else:
+        error = status.from_rpc_error(failure)
+    if error.reason != errors.Unavailable.default_reason:
+        return error
+    was_accepted = ACCEPTED_KEY in dict(await call.initial_metadata() or ())
+    return BrokenOff(error.message) if was_accepted else error
 
 
 def may_try_another(error: errors.ChiasmError) -> bool:
@@ -29,15 +41,6 @@ def may_try_another(error: errors.ChiasmError) -> bool:
     if isinstance(error, errors.ResourceExhausted):
         return error.retry_after_s is not None
     return isinstance(error, errors.Unavailable)
-
-
-class BrokenOff(errors.Unavailable):
-    """The end of a call that the member had taken in hand."""
-
-
-async def was_accepted(call: grpc.aio.Call) -> bool:
-    """Whether the member had taken a call in hand that has ended."""
-    return ACCEPTED_KEY in dict(await call.initial_metadata() or ())
 
 
 class Waiting:

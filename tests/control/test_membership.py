@@ -30,6 +30,12 @@ def table(now: float = 0.0, max_members: int = 10) -> Membership:
     return Membership(instance_id="i", lease_s=LEASE_S, max_members=max_members, now=now)
 
 
+def join(members: Membership, *names: str, now: float) -> None:
+    """Each by a session of its own, numbered from 0."""
+    for session, name in enumerate(names):
+        members.report(member(name), session=session, now=now)
+
+
 def ids(topology: Topology) -> list[str]:
     return [m.member_id for m in topology.members]
 
@@ -81,8 +87,7 @@ class TestLeases:
         """Members gave up on their streams meanwhile, and the ends of those come first."""
         members = table()
         tick(members, 0.0, 7.0)
-        for index, name in enumerate(("a", "b", "c")):
-            members.report(member(name), session=index, now=7.0)
+        join(members, "a", "b", "c", now=7.0)
         assert not members.topology.settling
         for index, name in enumerate(("a", "b", "c")):
             members.end(name, session=index, now=15.0)
@@ -98,8 +103,7 @@ class TestLeases:
     def test_one_report_read_first_does_not_make_the_others_lost(self) -> None:
         members = table()
         tick(members, 0.0, 7.0)
-        for index, name in enumerate(("a", "b")):
-            members.report(member(name), session=index, now=7.0)
+        join(members, "a", "b", now=7.0)
         members.report(member("a"), session=0, now=15.0)
         assert members.topology.settling
         members.end("b", session=1, now=15.0)
@@ -134,8 +138,7 @@ class TestLeases:
 class TestSessions:
     def test_a_detached_member_has_time_to_come_back(self) -> None:
         members = table()
-        for index, name in enumerate(("back", "gone", "newer")):
-            members.report(member(name), session=index, now=0.0)
+        join(members, "back", "gone", "newer", now=0.0)
         members.report(member("newer"), session=7, now=0.5)
         for index, name in enumerate(("back", "gone", "newer")):
             members.detach(name, session=index, now=1.0)

@@ -145,11 +145,10 @@ async def test_nobody_is_lost_while_the_orchestrator_stands_still(
     control = address(stuck)
     members = {address(spawn("fake_service", "--orchestrator", control)) for _ in range(2)}
     watcher = watch(control)
-    known = await seen(watcher, members)
-    if known.settling:
-        known = await watcher.wait_for(
-            lambda t: not t.settling, timeout_s=WAIT_S, what="the end of settling"
-        )
+    await seen(watcher, members)
+    known = await watcher.wait_for(
+        lambda t: not t.settling, timeout_s=WAIT_S, what="the end of settling"
+    )
     published: list[Topology] = []
     watcher.subscribe(published.append)
 

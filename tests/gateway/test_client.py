@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
+from loopback import listening
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Client, Finished, OneOf, Sampling, codec
@@ -43,12 +44,8 @@ class Peer(inference_pb2_grpc.InferenceServicer):
 async def peer(code: grpc.StatusCode = grpc.StatusCode.UNKNOWN) -> AsyncIterator[str]:
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(Peer(code), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(None)
+    async with listening(server) as address:
+        yield address
 
 
 @pytest.mark.parametrize(

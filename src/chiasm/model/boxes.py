@@ -31,8 +31,8 @@ _FIRST = frozenset(
 )
 _MEDIA = b"mdat"
 _TABLES = re.compile(rb"stsz|stz2|stsc|stco|co64|stts|elst|trun|hdlr|cmov")
-_SOUND, _BESIDE_SOUND = 0x736F756E, frozenset((0x616C6973, 0x75726C20))
-"""Kinds of handlers as numbers: "soun"; "alis" and "url ", which tell where its data are."""
+_SOUND, *_BESIDE_SOUND = (int.from_bytes(kind, "big") for kind in (b"soun", b"alis", b"url "))
+"""Kinds of handlers, as the tables are read; the latter two tell where sound has its data."""
 
 _PCM_GROUP = 512
 """At least so many samples of uncompressed sound get one entry together."""
