@@ -27,8 +27,8 @@ class ExpertServers:
     async def assign(
         self, address: str, shards: Collection[int], epoch: int
     ) -> experts_pb2.PoolDescription:
-        """Raises FailedPrecondition for an epoch that the server has passed, or that stands for other
-        shards there; Unavailable."""
+        """Raises Unavailable, and FailedPrecondition for an epoch that the server has passed, or
+        that stands for other shards there."""
         request = experts_pb2.AssignRequest(shards=sorted(shards), epoch=epoch)
         return await self._call(address, self._stub(address).Assign, request)
 
