@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 32;  // rows of a matrix that a thread takes at a time
+constexpr int64_t CHUNK_BYTES = 160 << 10;  // of a matrix that a thread takes at a time
 
 // Rows index[begin[r]], .., index[end[r] - 1] of x go through matrix expert[r].
 struct Runs {
@@ -213,7 +213,8 @@ void linear(
     const Stack& s, const uint16_t* x, int64_t num_rows, const Runs& runs, uint16_t* out,
     const Table* table, int threads) {
   const Laid<F> laid(s.k, num_rows);
-  const int64_t chunks = (s.n + CHUNK - 1) / CHUNK;
+  const int64_t chunk = std::max<int64_t>(2, CHUNK_BYTES / s.row_bytes() / 2 * 2);
+  const int64_t chunks = (s.n + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -221,13 +222,13 @@ void linear(
     // Dynamic: a core may be another process's for a while, and its share must not wait for it.
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < runs.count * chunks; ++item) {
-      const int64_t run = item / chunks, first = runs.begin[run], begin = item % chunks * CHUNK;
+      const int64_t run = item / chunks, first = runs.begin[run], begin = item % chunks * chunk;
       Part part;
       part.expert = runs.expert[run];
       part.rows = runs.end[run] - first;
       part.index = runs.index + first;
       part.begin = begin;
-      part.end = std::min(s.n, begin + CHUNK);
+      part.end = std::min(s.n, begin + chunk);
       part.out = out + first * s.n;
       multiply<F, Row>(s, laid, table, part);
     }
