@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 160 << 10;  // of a matrix that a thread takes at a time
+constexpr int64_t CHUNK_BYTES = 256 << 10;  // of a matrix that a thread takes at a time
 
 // Rows index[begin[r]], .., index[end[r] - 1] of x go through matrix expert[r].
 struct Runs {
@@ -33,11 +33,13 @@ struct Part {
 constexpr int64_t AHEAD = 8192;  // bytes; not every machine prefetches streams by itself
 
 // A row of a matrix. load: the codes of step i as unsigned bytes by plane, of which `count` are
-// there. lanes: the scale of each lane of step i. finish: the row's result from the lanes' sum.
+// there. lanes: the scale of each lane of step i. finish: the lanes' sums to what adds up to the
+// row's result.
 struct Int8Row {
   const uint8_t* codes;
   float scale;
 
+  Int8Row() = default;
   Int8Row(const Stack& s, int64_t row, const Table*)
       : codes(s.codes + row * s.k), scale(static_cast<const float*>(s.scale)[row]) {}
   template <bool IS_EDGE>
@@ -50,7 +52,9 @@ struct Int8Row {
     }
   }
   __m512 lanes(int64_t) const { return _mm512_set1_ps(1); }
-  float finish(float total, const float*) const { return total * scale; }
+  __m512 finish(__m512 total, const float*) const {
+    return _mm512_mul_ps(total, _mm512_set1_ps(scale));
+  }
 };
 
 struct Int4Row {
@@ -58,6 +62,7 @@ struct Int4Row {
   int64_t groups;
   const uint16_t *scale, *zero;
 
+  Int4Row() = default;
   Int4Row(const Stack& s, int64_t row, const Table*)
       : codes(s.codes + row * (s.k / 2)),
         groups(s.groups()),
@@ -73,28 +78,28 @@ struct Int4Row {
     plane[1] = _mm512_and_si512(_mm512_srli_epi16(code, 4), low);
   }
   __m512 lanes(int64_t i) const { return _mm512_set1_ps(widen(scale[i])); }
-  float finish(float total, const float* sum) const {
-    __m512 shift = _mm512_setzero_ps();
+  __m512 finish(__m512 total, const float* sum) const {
     for (int64_t g = 0; g < groups; g += 16) {
       const __mmask16 mask = __mmask16(first_bytes(std::min<int64_t>(16, groups - g)));
       const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, zero + g));
       const __m512 z = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-      shift = _mm512_fmadd_ps(z, _mm512_maskz_loadu_ps(mask, sum + g), shift);
+      total = _mm512_fmadd_ps(z, _mm512_maskz_loadu_ps(mask, sum + g), total);
     }
-    return total + _mm512_reduce_add_ps(shift);
+    return total;
   }
 };
 
 struct Tcq2Row {
-  const Table& table;
+  const Table* table;
   const uint8_t* codes;
   int64_t groups;
   const uint8_t* local;
   float scale;
   __m512 near;  // the local scales of 16 groups, two of which are a step
 
+  Tcq2Row() = default;
   Tcq2Row(const Stack& s, int64_t row, const Table* t)
-      : table(*t),
+      : table(t),
         codes(s.codes + row * (s.k / 4)),
         groups(s.groups()),
         local(static_cast<const uint8_t*>(s.aux) + row * groups),
@@ -113,7 +118,7 @@ struct Tcq2Row {
     }
     __m512i state[4];
     states_by_plane(code, before, state);
-    for (int p = 0; p < 4; ++p) plane[p] = table(state[p]);
+    for (int p = 0; p < 4; ++p) plane[p] = (*table)(state[p]);
   }
   __m512 lanes(int64_t i) {
     if (i % 8 == 0) {
@@ -123,7 +128,9 @@ struct Tcq2Row {
     }
     return _mm512_permutexvar_ps(_mm512_load_si512(SPREAD + 16 * (i % 8)), near);
   }
-  float finish(float total, const float*) const { return total * scale; }
+  __m512 finish(__m512 total, const float*) const {
+    return _mm512_mul_ps(total, _mm512_set1_ps(scale));
+  }
 };
 
 // R rows of the matrix times M rows of x, over all steps.
@@ -177,22 +184,28 @@ struct Product {
     for (int m = 0; m < M; ++m) {
       const float* sum = x.sum + start[m] / x.steps * x.groups;
       for (int r = 0; r < R; ++r)
-        out[m * n + r] = narrow(row[r].finish(_mm512_reduce_add_ps(total[r][m]), sum));
+        out[m * n + r] = narrow(_mm512_reduce_add_ps(row[r].finish(total[r][m], sum)));
     }
   }
 };
 
+// R rows of the matrix from row j on, M rows of x from row m on.
+template <int F, class Row, int R, int M>
+void product(
+    const Stack& s, const Laid<F>& x, const Table* table, const Part& part, int64_t m, int64_t j) {
+  Row rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = Row(s, part.expert * s.n + j + r, table);
+  Product<F, Row, R, M>(rows, x, part.index + m).run(s.row_bytes(), part.out + m * s.n + j, s.n);
+}
+
 template <int F, class Row, int M>
 void tile(const Stack& s, const Laid<F>& x, const Table* table, const Part& part, int64_t m) {
-  for (int64_t j = part.begin; j < part.end; j += 2) {
-    const int64_t at = part.expert * s.n + j;
-    Row rows[2] = {Row(s, at, table), Row(s, at + (j + 1 < part.end), table)};
-    uint16_t* out = part.out + m * s.n + j;
-    if (j + 1 < part.end)
-      Product<F, Row, 2, M>(rows, x, part.index + m).run(s.row_bytes(), out, s.n);
-    else
-      Product<F, Row, 1, M>(rows, x, part.index + m).run(s.row_bytes(), out, s.n);
-  }
+  int64_t j = part.begin;
+  // What is loaded of one row of x serves four of a matrix, where registers suffice.
+  if (M == 1 && F != TCQ2)
+    for (; j + 4 <= part.end; j += 4) product<F, Row, 4, M>(s, x, table, part, m, j);
+  for (; j + 2 <= part.end; j += 2) product<F, Row, 2, M>(s, x, table, part, m, j);
+  for (; j < part.end; ++j) product<F, Row, 1, M>(s, x, table, part, m, j);
 }
 
 template <int F, class Row>
