@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from chiasm.kernels import native
 MAX_FEW_ROWS = 4
 """Rows of x with which a bfloat16 matrix is read by `chiasm_dense`: with more, torch's product is
 as fast."""
+
+Lists = tuple["ctypes.Array[ctypes.c_int32]", ...]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -25,8 +28,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
-    first, end, rows = _lists(x.shape[0])
-    multiply(x, weight, 1, first, first, end, rows, out)
+    multiply(x, weight, *_all_rows(x.shape[0]), out)
     return out
 
 
@@ -41,10 +43,12 @@ def is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, num_runs: int, *lists: torch.Tensor) -> None:
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, lists: Lists, index: torch.Tensor, out: torch.Tensor
+) -> None:
     """Runs of few rows of x through the matrices of weight [.., N, K]: `chiasm_dense`.
 
-    lists: int32 experts, begins, ends and index, then out, all contiguous.
+    index: int32. All tensors are contiguous.
     """
     library = native.library()
     assert library is not None  # or it had no bfloat16
@@ -52,20 +56,22 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, num_runs: int, *lists: torch
         pointer(weight),
         *map(ctypes.c_int64, weight.shape[-2:]),
         pointer(x),
-        ctypes.c_int32(num_runs),
-        *map(pointer, lists),
+        ctypes.c_int32(len(lists[0])),
+        *lists,
+        *map(pointer, (index, out)),
         torch.get_num_threads(),
     )
 
 
+def lists(runs: Sequence[tuple[int, int, int]]) -> Lists:
+    """Of runs (expert, begin, end): all experts, all begins, all ends, as C++ wants them told."""
+    return tuple((ctypes.c_int32 * len(runs))(*column) for column in zip(*runs, strict=True))
+
+
 @functools.cache
-def _lists(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One run of all rows through the only matrix, as chiasm_dense wants it told."""
-    return (
-        torch.zeros(1, dtype=torch.int32),
-        torch.tensor([num_rows], dtype=torch.int32),
-        torch.arange(num_rows, dtype=torch.int32),
-    )
+def _all_rows(num_rows: int) -> tuple[Lists, torch.Tensor]:
+    """One run of all rows through the only matrix, and its index."""
+    return lists([(0, 0, num_rows)]), torch.arange(num_rows, dtype=torch.int32)
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

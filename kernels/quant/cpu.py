@@ -74,7 +74,8 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
     if isinstance(matrices, RotatedMatrices):
         return grouped_linear(matrices.inner, rotate(x), runs)
     out = x.new_empty(runs.index.numel(), matrices.shape[0])
-    most = _most_rows(matrices, x)
+    stack = _stack(matrices)
+    most = _most_rows(matrices, stack, x)
     few: list[tuple[int, int, int]] = []
     for run in zip(runs.experts, runs.begin, runs.end, strict=True):
         expert, begin, end = run
@@ -89,9 +90,7 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
         index = runs.index.contiguous()
         if len(few) < len(runs.experts):
             x, index = _only_read(x, index, few)
-        x = x.contiguous()
-        lists = torch.tensor(few, dtype=torch.int32).t().contiguous()
-        _multiply(matrices, x, len(few), *lists, index, out)
+        _multiply(matrices, stack, x.contiguous(), dense.lists(few), index, out)
     return out
 
 
@@ -107,31 +106,36 @@ def _only_read(
     return x[is_read], place[index]
 
 
-def _most_rows(matrices: ExpertMatrices, x: torch.Tensor) -> int:
+def _most_rows(matrices: ExpertMatrices, stack: _Stack | None, x: torch.Tensor) -> int:
     """Rows of a run up to which the compiled products are there and worth their while."""
     if isinstance(matrices, DenseMatrices):
         return dense.MAX_FEW_ROWS if dense.is_readable(x, matrices.weight) else 0
-    if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or native.library() is None:
-        return 0
-    return MAX_FUSED_ROWS[type(matrices)] if _stack(matrices) is not None else 0
+    is_read = x.dtype is torch.bfloat16 and x.device.type == "cpu" and stack is not None
+    return MAX_FUSED_ROWS[type(matrices)] if is_read and native.library() is not None else 0
 
 
 def _multiply(
-    matrices: ExpertMatrices, x: torch.Tensor, num_runs: int, *lists: torch.Tensor
+    matrices: ExpertMatrices,
+    stack: _Stack | None,
+    x: torch.Tensor,
+    lists: dense.Lists,
+    index: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
-    """The runs of few rows. lists: experts, begins, ends, index, out."""
+    """The runs of few rows."""
     if isinstance(matrices, DenseMatrices):
-        dense.multiply(x, matrices.weight, num_runs, *lists)
+        dense.multiply(x, matrices.weight, lists, index, out)
         return
-    library, stack = native.library(), _stack(matrices)
+    library = native.library()
     assert library is not None  # or no run would have been of few rows
     assert stack is not None
     library.chiasm_linear(
         ctypes.byref(stack),
         dense.pointer(x),
         ctypes.c_int64(x.shape[0]),
-        ctypes.c_int32(num_runs),
-        *map(dense.pointer, lists),
+        ctypes.c_int32(len(lists[0])),
+        *lists,
+        *map(dense.pointer, (index, out)),
         torch.get_num_threads(),
     )
 
