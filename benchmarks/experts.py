@@ -8,6 +8,7 @@ bfloat16 matrix product of the same rows.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from chiasm.kernels import native
 from chiasm.kernels.moe import ShardWeights, pairs, shard_partial
 from chiasm.kernels.quant import table, tcq2
+from chiasm.kernels.quant.cpu import Runs, grouped_linear
 from chiasm.kernels.quant.formats import (
     DenseMatrices,
     ExpertMatrices,
@@ -34,6 +36,7 @@ WIDTHS = {"text": 1536, "vision": 512}
 DECODE = (1, 8, 32)
 PREFILL = 512
 REPEATS = 7
+CACHED_RUNS = 50
 READ_BYTES = 1 << 30
 
 
@@ -42,7 +45,8 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     bandwidth = _bandwidth()
     report(f"memory is read at {bandwidth / 1e9:.1f} GB/s by {torch.get_num_threads()} threads")
     report(f"compiled kernels: {'yes' if native.library() is not None else 'no'}")
-    rows = []
+    rows: list[dict[str, object]] = []
+    rates: list[dict[str, object]] = []
     for bank, width in WIDTHS.items():
         product = _product_rate(width)
         report(f"{bank}: bfloat16 products of prefill's rows: {product / 1e9:.0f} GFLOP/s")
@@ -50,6 +54,11 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
             weights = ShardWeights(
                 first=0, gate_up=make(2 * width, HIDDEN), down=make(HIDDEN, width)
             )
+            cached = _cached_rate(weights.down)
+            report(
+                f"{bank:6s} {precision:8s} from the cache: {cached / bandwidth:5.0%} of bandwidth"
+            )
+            rates.append({"bank": bank, "precision": precision, "bytes_per_s": cached})
             for tokens in (*DECODE, PREFILL):
                 row = _measure(weights, tokens, bandwidth, product)
                 rows.append({"bank": bank, "precision": precision, "tokens": tokens, **row})
@@ -57,6 +66,7 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     return {
         "read_bytes_per_s": bandwidth,
         "rows": rows,
+        "from_cache": rates,
         "combine": _combine_gain(report),
         "encode": _encode_rate(report),
     }
@@ -67,11 +77,13 @@ def _measure(
 ) -> dict[str, float]:
     generator = torch.Generator().manual_seed(tokens)
     scores = torch.rand(tokens, EXPERTS, generator=generator)
-    ids = scores.topk(TOP_K).indices.to(torch.int32)
+    first = scores.topk(TOP_K).indices.to(torch.int32)
+    # Other experts every time, or caches would hold those of a single token.
+    turns = itertools.cycle((first + TOP_K * turn) % EXPERTS for turn in range(EXPERTS // TOP_K))
     hidden = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     share = torch.full((tokens, TOP_K), 1 / TOP_K)
-    seconds = _median(lambda: shard_partial(hidden, ids, share, weights))
-    num_chosen = len(set(ids.flatten().tolist()))
+    seconds = _median(lambda: shard_partial(hidden, next(turns), share, weights))
+    num_chosen = len(set(first.flatten().tolist()))
     weight_bytes = (weights.gate_up.nbytes + weights.down.nbytes) * num_chosen / EXPERTS
     num_weights = math.prod(weights.gate_up.shape) + math.prod(weights.down.shape)
     operations = 2 * tokens * TOP_K * num_weights
@@ -83,6 +95,17 @@ def _measure(
         "operations_per_s": operations / seconds,
         "of_product": operations / seconds / product,
     }
+
+
+def _cached_rate(matrices: ExpertMatrices) -> float:
+    """Bytes a second of one row's product with a matrix that stays in the cache: what computing
+    alone, however fast the memory, allows."""
+    index = torch.zeros(CACHED_RUNS, dtype=torch.int32)
+    begin = range(CACHED_RUNS)
+    runs = Runs(experts=[0] * CACHED_RUNS, begin=begin, end=range(1, CACHED_RUNS + 1), index=index)
+    x = torch.randn(1, matrices.shape[1]).bfloat16()
+    seconds = _median(lambda: grouped_linear(matrices, x, runs))
+    return matrices.nbytes / EXPERTS * CACHED_RUNS / seconds
 
 
 def _line(row: dict[str, object]) -> str:
