@@ -26,9 +26,6 @@ POOL_KEY = "pool"
 LOOK_S = 0.25
 """How soon a change of the decision is pushed."""
 
-REPLICA = 1.0
-"""What one replica stands for in the metric."""
-
 TOLERANCE = 0.1
 """Of an HPA: what is nearer to its target it takes for equal (the controller manager's default)."""
 
@@ -84,8 +81,8 @@ class KedaScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         replicas = heard(decision.replicas[pool], before=decision.before.get(pool, 0))
         value = externalscaler_pb2.MetricValue(
             metric_name=_metric(pool),
-            metric_value=math.ceil(replicas * REPLICA),
-            metric_value_float=replicas * REPLICA,
+            metric_value=math.ceil(replicas),
+            metric_value_float=replicas,
         )
         return externalscaler_pb2.GetMetricsResponse(metric_values=[value])
 
@@ -131,6 +128,6 @@ def _metric(pool: Pool) -> str:
 
 def _spec(pool: Pool) -> externalscaler_pb2.GetMetricSpecResponse:
     spec = externalscaler_pb2.MetricSpec(
-        metric_name=_metric(pool), target_size=math.ceil(REPLICA), target_size_float=REPLICA
+        metric_name=_metric(pool), target_size=1, target_size_float=1.0
     )
     return externalscaler_pb2.GetMetricSpecResponse(metric_specs=[spec])

@@ -128,7 +128,6 @@ class Plan:
 
     source: Path
     config: ModelConfig
-    options: Options
     quantization: Quantization
     files: tuple[PlannedFile, ...]
     fingerprint: str
@@ -169,7 +168,6 @@ def make(source: Path, options: Options) -> Plan:
     return Plan(
         source=source,
         config=config,
-        options=options,
         quantization=quantization,
         files=tuple(files),
         fingerprint=_fingerprint(source, options, quantization),
