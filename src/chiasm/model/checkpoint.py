@@ -55,6 +55,13 @@ class Checkpoint:
         self._files = self._locate(directory)
         self._naming = detect(config, self._files.keys(), self._shape_at_hand)
 
+    def has(self, name: str) -> bool:
+        """Whether the tensor is one of the model's and stored here."""
+        try:
+            return all(piece.key in self._files for piece in self._naming.pieces(name))
+        except NotFound:
+            return False
+
     def get(self, name: str, shape: Shape | None = None) -> torch.Tensor:
         """A tensor by canonical name, in the PyTorch orientation and its stored dtype.
 
