@@ -26,6 +26,9 @@ from chiasm.v1 import experts_pb2
 RETRY_PAUSE_S = 0.05
 """Pause before the same holders are tried again, when no other is left."""
 
+REFUSED_S = 1.0
+"""How long a shard's holders may go on refusing before its pool counts as away."""
+
 _TRANSIENT = (
     errors.Unavailable,
     errors.DeadlineExceeded,
@@ -63,6 +66,10 @@ class Servers(Protocol):
     @property
     def placement(self) -> Placement: ...
 
+    def rest(self) -> None:
+        """It refuses what it is asked: nothing is to be asked of it for a moment."""
+        ...
+
 
 class Flight:
     """One dispatch under way; an Owner of its calls. For the engine's thread."""
@@ -73,8 +80,9 @@ class Flight:
         self._missing = set(work.shards)
         self._found: list[Partial] = []
         self._calls: dict[Call, Connection] = {}
-        self._failed: set[str] = set()  # addresses, not to be tried again for now
+        self._failed: dict[str, errors.ChiasmError] = {}  # by address: not to be tried for now
         self._retry_at = 0.0
+        self._refused_since = math.inf
         self._num_rounds = 0
         self._last_error: errors.ChiasmError = errors.Unavailable("no server can be reached")
         self._send_missing(time.monotonic())
@@ -82,9 +90,10 @@ class Flight:
     def result(self, timeout_s: float) -> list[Partial]:
         """Every shard's partial, once all are there.
 
-        Raises PoolUnavailable as soon as a shard has no holder that can be reached: the engine must
-        not stand still for one pool, it begins the step again when the pool is back. Raises
-        PoolFailed when every holder of a shard has refused for good.
+        Raises PoolUnavailable as soon as a shard has no holder that can be reached, or once its
+        holders have refused for REFUSED_S: the engine must not stand still for one pool, it begins
+        the step again when the pool is back. Raises PoolFailed when every holder of a shard has
+        refused for good.
         """
         end = min(self._end, time.monotonic() + timeout_s)
         try:
@@ -126,7 +135,7 @@ class Flight:
 
     def _failure(self, call: Call, error: errors.ChiasmError) -> None:
         call.end(error)
-        self._failed.add(call.address)
+        self._failed[call.address] = error
         self._last_error = error
         metrics.DISPATCH_ATTEMPTS_FAILED.labels(str(self._work.modality), error.reason).inc()
 
@@ -170,15 +179,25 @@ class Flight:
     def _send_missing(self, now: float) -> None:
         plan, unplaced = self._plan(self._idle_shards())
         if unplaced:
-            if not isinstance(self._last_error, _TRANSIENT):
-                raise PoolFailed(self._work.modality) from self._last_error
-            self._retry_at = now + RETRY_PAUSE_S if self._failed else now
-            self._failed.clear()
+            self._refused(unplaced, now)
         if plan:
             self._servers.hedging.sent()
             for connection, shards in plan.items():
                 self._send(connection, shards)
             self._num_rounds += 1
+
+    def _refused(self, shards: set[int], now: float) -> None:
+        """No holder of these is left to be asked: all may be asked again, after a pause."""
+        for shard in shards:
+            reasons = [self._failed.get(c.address) for c in self._servers.placement.of(shard)]
+            if reasons and not any(e is None or isinstance(e, _TRANSIENT) for e in reasons):
+                raise PoolFailed(self._work.modality) from reasons[-1]
+        self._refused_since = min(self._refused_since, now)
+        if now >= self._refused_since + REFUSED_S:
+            self._servers.rest()
+            raise self._unavailable()
+        self._retry_at = now + RETRY_PAUSE_S if self._failed else now
+        self._failed.clear()
 
     def _hedge(self, late: list[Call]) -> None:
         """Asks replicas for what late calls were sent for, where there are any and it may."""

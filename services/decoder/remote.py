@@ -20,6 +20,10 @@ EXPIRY_PERIOD_S = 0.1
 """How often a pool looks for calls that nobody waits for any more and that nobody answers."""
 
 
+REST_S = 0.5
+"""How long a pool that refuses is not asked: requests that do without it go on meanwhile."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteSettings:
     """How a pool treats its servers.
@@ -53,6 +57,7 @@ class RemotePool:
         self.attempt_timeout_s = settings.attempt_timeout_s
         self._modality, self._settings = modality, settings
         self._next_expiry = 0.0
+        self._rests_until = 0.0
         self._holders = ShardHolders(
             modality, watcher, num_experts=num_experts, open_link=self._open_link
         )
@@ -64,7 +69,11 @@ class RemotePool:
 
     @property
     def is_covered(self) -> bool:
-        return self.placement.is_covered
+        return self.placement.is_covered and time.monotonic() >= self._rests_until
+
+    def rest(self) -> None:
+        """Is not covered for REST_S."""
+        self._rests_until = time.monotonic() + REST_S
 
     def begin(self, dispatch: Dispatch) -> Flight:
         """Sends a dispatch off. Raises PoolUnavailable while no server is known."""

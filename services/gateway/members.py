@@ -23,8 +23,10 @@ class BrokenOff(errors.Unavailable):
 
 async def call_error(call: grpc.aio.Call, failure: grpc.RpcError) -> errors.ChiasmError:
     """What a call to a member has ended with: BrokenOff where the member had it in hand and says no
-    reason. A member that cancels our call is shutting down."""
-    if failure.code() is grpc.StatusCode.CANCELLED:
+    reason. A member that cancels our call is shutting down; and of a member that refuses a call
+    while we still write to it, gRPC's client says INTERNAL by itself."""
+    is_lost = failure.code() is grpc.StatusCode.INTERNAL and not status.has_details(failure)
+    if is_lost or failure.code() is grpc.StatusCode.CANCELLED:
         error: errors.ChiasmError = errors.Unavailable(
             failure.details() or "the member ended the call"
         )

@@ -19,7 +19,7 @@ from chiasm.orchestrator.election import ACT_SHARE, Candidate, Election, Lease
 from chiasm.orchestrator.leadership import Leadership, LeadershipSettings
 
 DURATION_S = 10.0
-SHORT_S = 0.3
+SHORT_S, LONG_S = 0.3, 1.5
 WAIT_S = 20.0
 
 
@@ -155,8 +155,8 @@ async def start(store: MemoryLease) -> AsyncIterator[Start]:
     """Starts candidates for one lease of SHORT_S; `tasks` of the function holds their loops."""
     tasks: list[asyncio.Task[None]] = []
 
-    def begin(identity: str) -> Candidate:
-        candidate = Candidate(store, identity=identity, duration_s=SHORT_S)
+    def begin(identity: str, duration_s: float = SHORT_S) -> Candidate:
+        candidate = Candidate(store, identity=identity, duration_s=duration_s)
         tasks.append(asyncio.create_task(candidate.run()))
         return candidate
 
@@ -172,11 +172,11 @@ async def elected(candidate: Candidate) -> None:
 
 
 async def test_the_second_candidate_waits_and_knows_the_leader(start: Start) -> None:
-    first = start("a")
+    first = start("a", LONG_S)
     await elected(first)
-    second = start("b")
+    second = start("b", LONG_S)
     for _ in range(20):
-        await asyncio.sleep(SHORT_S / 5)
+        await asyncio.sleep(LONG_S / 15)
         assert not second.leads()
     assert first.leads()
     assert second.leader == "a"

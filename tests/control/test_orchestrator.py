@@ -7,11 +7,13 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 
 import grpc
 import pytest
 from control.processes import WAIT_S, Spawn, Watch, address, wait_until
+from control.refusals import refusal
 from typer.testing import CliRunner
 
 from chiasm import errors
@@ -20,13 +22,13 @@ from chiasm.cli import app
 from chiasm.membership import MemberInfo, MemberState, Role, Topology
 from chiasm.orchestrator.members import Membership
 from chiasm.orchestrator.servicer import OrchestratorServicer
-from chiasm.transport import status
 from chiasm.transport.membership import ANSWER_TIMEOUT_S, Member, TopologyWatcher
 from chiasm.transport.topology import member_to_proto
 from chiasm.types import Modality
 from chiasm.v1 import control_pb2, control_pb2_grpc
 
-LONG_LEASE_MS, SHORT_LEASE_MS = 60_000, 1_000
+LONG_LEASE_MS, SETTLING_MS, SHORT_LEASE_MS = 60_000, 4_000, 1_000
+"""The second one is long enough for all members to come back within it."""
 
 
 def orchestrator(spawn: Spawn, lease_ms: int, bind: str = "127.0.0.1:0", *flags: str) -> Child:
@@ -115,7 +117,7 @@ async def test_stopped_member_loses_its_lease_and_comes_back(spawn: Spawn, watch
 async def test_watcher_loses_nobody_while_the_orchestrator_restarts(
     spawn: Spawn, watch: Watch, signum: signal.Signals
 ) -> None:
-    first = orchestrator(spawn, SHORT_LEASE_MS)
+    first = orchestrator(spawn, SETTLING_MS)
     control = address(first)
     members = {address(spawn("fake_service", "--orchestrator", control)) for _ in range(2)}
     watcher = watch(control)
@@ -126,7 +128,7 @@ async def test_watcher_loses_nobody_while_the_orchestrator_restarts(
     first.signal(signum)
     wait_until(lambda: first.exit_code is not None, "the orchestrator is gone")
     assert _all(watcher.current) == members
-    address(orchestrator(spawn, SHORT_LEASE_MS, control))
+    address(orchestrator(spawn, SETTLING_MS, control))
     after = await watcher.wait_for(
         lambda t: t.instance_id != before.instance_id and not t.settling,
         timeout_s=WAIT_S,
@@ -141,7 +143,7 @@ async def test_nobody_is_lost_while_the_orchestrator_stands_still(
     spawn: Spawn, watch: Watch
 ) -> None:
     """So long that its members give up on the streams they have."""
-    stuck = orchestrator(spawn, SHORT_LEASE_MS)
+    stuck = orchestrator(spawn, SETTLING_MS)
     control = address(stuck)
     members = {address(spawn("fake_service", "--orchestrator", control)) for _ in range(2)}
     watcher = watch(control)
@@ -183,32 +185,19 @@ async def test_changes_are_sent_at_once(spawn: Spawn, watch: Watch) -> None:
 async def test_bad_reports_are_refused_with_their_field(spawn: Spawn) -> None:
     control = address(orchestrator(spawn, LONG_LEASE_MS, "127.0.0.1:0", "--max-members", "1"))
     async with grpc.aio.insecure_channel(control) as channel:
-        stub = control_pb2_grpc.OrchestratorStub(channel)
-
-        async def report(*reports: control_pb2.MemberReport) -> None:
-            # Not half-closed: where a refusal is faster than that, gRPC's client says INTERNAL.
-            call = stub.Join(timeout=WAIT_S)
-            for each in reports:
-                await call.write(each)
-                await call.read()
-
-        async def refusal(*reports: control_pb2.MemberReport) -> errors.ChiasmError:
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await report(*reports)
-            return status.from_rpc_error(refused.value)
-
+        refused = partial(refusal, channel, timeout_s=WAIT_S)
         good = member_to_proto(info("a"))
-        nameless = await refusal(control_pb2.MemberReport(address="a:1"))
+        nameless = await refused(control_pb2.MemberReport(address="a:1"))
         assert isinstance(nameless, errors.InvalidArgument)
         assert nameless.field == "member_id"
-        renamed = await refusal(good, member_to_proto(info("b")))
+        renamed = await refused(good, member_to_proto(info("b")))
         assert isinstance(renamed, errors.InvalidArgument)
         assert renamed.field == "member_id"
 
-        held = stub.Join()
+        held = control_pb2_grpc.OrchestratorStub(channel).Join()
         await held.write(good)
         assert (await held.read()).lease_ms == LONG_LEASE_MS
-        assert isinstance(await refusal(member_to_proto(info("b"))), errors.ResourceExhausted)
+        assert isinstance(await refused(member_to_proto(info("b"))), errors.ResourceExhausted)
         held.cancel()
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import grpc
 import pytest
+from control.refusals import refusal
 
 from chiasm import errors
 from chiasm.membership import MemberInfo, Role
 from chiasm.orchestrator.members import RETURN_S, Membership
 from chiasm.orchestrator.relay import Relay
 from chiasm.orchestrator.servicer import OrchestratorServicer
-from chiasm.transport import status
 from chiasm.transport.membership import Member, TopologyWatcher
 from chiasm.transport.messages import CONTROL_BYTES
 from chiasm.transport.server import Server
@@ -26,7 +26,6 @@ from chiasm.v1 import control_pb2, control_pb2_grpc
 
 WAIT_S = 20.0
 LEASE_S = 10.0
-ATTEMPTS = 10
 
 
 @dataclass
@@ -122,27 +121,16 @@ async def test_members_and_watchers_of_all_orchestrators_meet_at_the_leader(star
 async def test_refusals_keep_their_details(start: Start) -> None:
     leader = await start("first", leads=True)
     follower = await start("second", leader=leader.address)
-    refused = await refusal(follower, control_pb2.MemberReport(address="a:1"))
+    refused = await refused_by(follower, control_pb2.MemberReport(address="a:1"))
     assert isinstance(refused, errors.InvalidArgument)
     assert refused.field == "member_id"
 
 
-async def refusal(
+async def refused_by(
     orchestrator: Orchestrator, report: control_pb2.MemberReport
 ) -> errors.ChiasmError:
     async with grpc.aio.insecure_channel(orchestrator.address) as channel:
-        stub = control_pb2_grpc.OrchestratorStub(channel)
-        for _ in range(ATTEMPTS):
-            # Not half-closed: where the refusal is faster than that, gRPC's client says INTERNAL.
-            call = stub.Join(timeout=WAIT_S)
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await call.write(report)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await call.read()
-            # And where it is faster than the report, the failed write takes the status's place.
-            if status.has_details(refused.value):
-                break
-        return status.from_rpc_error(refused.value)
+        return await refusal(channel, report, timeout_s=WAIT_S)
 
 
 @pytest.mark.parametrize("known", ["", "the other"])
@@ -152,7 +140,7 @@ async def test_without_a_leader_calls_are_refused_for_now(start: Start, known: s
     if known:
         first.leader, second.leader = second.address, first.address
     for orchestrator in (first, second):
-        refused = await refusal(orchestrator, member_to_proto(info("m")))
+        refused = await refused_by(orchestrator, member_to_proto(info("m")))
         assert isinstance(refused, errors.Unavailable)
         assert refused.reason == "NO_LEADER"
         assert refused.retry_after_s
@@ -162,7 +150,7 @@ async def test_a_leader_that_is_away_is_no_leader(start: Start) -> None:
     leader = await start("first", leads=True)
     follower = await start("second", leader=leader.address)
     await leader.server.grpc.stop(0)
-    refused = await refusal(follower, member_to_proto(info("m")))
+    refused = await refused_by(follower, member_to_proto(info("m")))
     assert isinstance(refused, errors.Unavailable)
     assert refused.reason == "NO_LEADER"
 

@@ -130,7 +130,7 @@ def test_probes_have_a_port_in_plain_text(spawn: Spawn, authority: Authority) ->
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
     files = authority.issue("127.0.0.1")
-    child = spawn("fake_service", "--health-port", str(port), "--load-s", "1", *flags(files))
+    child = spawn("fake_service", "--health-port", str(port), "--load-s", "4", *flags(files))
     address(child)
     probe = f"127.0.0.1:{port}"
     assert check(probe, None, LIVE)

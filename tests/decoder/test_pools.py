@@ -353,14 +353,14 @@ async def test_a_pool_without_a_holder_is_unavailable_until_there_is_one(
 async def test_a_stuck_server_without_a_replica_is_given_up(
     tiny_checkpoint: Path, lane: bool
 ) -> None:
-    async with pool_of(tiny_checkpoint, ALL, lane=lane, attempt_timeout_s=0.2) as pool:
+    async with pool_of(tiny_checkpoint, ALL, lane=lane, attempt_timeout_s=1.0) as pool:
         (server,) = pool.servers
-        server.bank.hook = sleep(1.0)
+        server.bank.hook = sleep(STUCK_S)
         with pytest.raises(PoolUnavailable):
             await pool.ask(dispatch(pool.config, 3))
         server.bank.hook = None
         await pool.reachable(1)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(STUCK_S)
         await pool.check(3, 1)
 
 

@@ -86,6 +86,7 @@ def test_every_panel_shows_something(prometheus: str, observed: Observed) -> Non
         assert time.monotonic() < end
         time.sleep(0.2)
     missing = {title for title, _ in panels()}
+    end = time.monotonic() + 3 * WAIT_S
     seed = 0
     while missing - SCALING_ONLY and time.monotonic() < end:
         seed += 1

@@ -70,7 +70,7 @@ def bitmap(side: int, seed: int) -> bytes:
 
 def test_deadline(stack: Cluster) -> None:
     (decoder,) = stack.running("decoder")
-    running = Stream(stack.endpoint, TEXT, ENDLESS, timeout_s=1.0)
+    running = Stream(stack.endpoint, TEXT, ENDLESS, timeout_s=3.0)
     running.wait_tokens(1)
     with pytest.raises(errors.DeadlineExceeded):
         running.result()

@@ -319,7 +319,7 @@ async def test_deadline_cancels_the_encoder(
     encoder.is_stuck = True
     before = _failed("DEADLINE_EXCEEDED")
     with pytest.raises(errors.DeadlineExceeded):
-        await client.complete([user(image(png()))], timeout_s=0.3)
+        await client.complete([user(image(png()))], timeout_s=2.0)
     await asyncio.wait_for(encoder.cancelled.wait(), 5)
     for _ in range(200):
         if _failed("DEADLINE_EXCEEDED") == before + 1:
@@ -353,7 +353,7 @@ async def test_gateway_sets_a_deadline_itself(tiny_checkpoint: Path) -> None:
     from chiasm.transport.channel import open_channel
     from chiasm.v1 import inference_pb2_grpc
 
-    async with running(tiny_checkpoint, default_timeout_s=0.3) as stack:
+    async with running(tiny_checkpoint, default_timeout_s=2.0) as stack:
         decoder = await stack.add_decoder()
 
         async def script(_: decoder_pb2.DecodeRequest) -> DecodeEvents:
