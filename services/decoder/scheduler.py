@@ -330,13 +330,14 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
 
 
 def _share(prefills: list[Sequence], budget: int) -> Iterator[Chunk]:
-    """Divides a step's tokens among prefills, which come in order."""
+    """Divides a step's tokens among prefills, which come in order: half for the first, the rest for
+    the shortest of the highest priority."""
     if not prefills or not budget:
         return
     first, *others = prefills
     shares = {first: min(first.num_pending, budget - budget // 2 if others else budget)}
     left = budget - shares[first]
-    for sequence in sorted(others, key=lambda s: s.num_pending):
+    for sequence in sorted(others, key=lambda s: (s.priority, s.num_pending)):
         shares[sequence] = min(sequence.num_pending, left)
         left -= shares[sequence]
     shares[first] = min(first.num_pending, shares[first] + left)

@@ -230,6 +230,17 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert 0 < long.num_computed < 60
 
 
+def test_a_short_prompt_of_lower_priority_does_not_pass_one_of_higher() -> None:
+    target = scheduler(200, max_step_tokens=16)
+    machine, long, next_ = Machine(target), sequence([5] * 400, 1), sequence([6] * 40, 9)
+    for waiting in (long, next_):
+        target.add(waiting)
+    for i in range(6):
+        target.add(sequence([7 + i] * 8, 9, priority=5))
+        machine.step()
+    assert next_.num_generated
+
+
 @pytest.mark.parametrize(("jump", "is_found"), [(0, True), (3, False)])
 def test_an_answer_is_found_by_a_prompt_that_holds_it(jump: int, is_found: bool) -> None:
     """Where generated tokens stand at the positions that the prompt's own text would have."""

@@ -12,6 +12,7 @@ from chiasm import errors
 from chiasm.model.config import ModelConfig
 from chiasm.services.decoder import wire
 from chiasm.services.decoder.grammars import MAX_GRAMMAR_BYTES
+from chiasm.services.decoder.sequence import Sampling
 from chiasm.services.decoder.servicer import PROMPT_ROWS_BYTES, DecoderServicer
 from chiasm.v1 import decoder_pb2, inference_pb2
 
@@ -27,6 +28,46 @@ def request(sampling: dict[str, Any] | None = None, **fields: Any) -> decoder_pb
     values = {"token_ids": [5, 6, 7], "token_types": bytes(3), **fields}
     params = inference_pb2.SamplingParams(**(sampling or {}))
     return decoder_pb2.DecodeRequest(sampling=params, **values)
+
+
+def test_every_wish_reaches_the_sampler(config: ModelConfig) -> None:
+    wanted: dict[str, Any] = {
+        "max_tokens": 11,
+        "temperature": 0.25,
+        "top_p": 0.5,
+        "top_k": 12,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.75,
+        "frequency_penalty": -0.5,
+        "seed": 13,
+        "min_tokens": 4,
+        "logprobs": 3,
+        "prompt_logprobs": 0,
+        "thinking_budget": 0,
+    }
+    given = request(
+        {**wanted, "logit_bias": {9: 2.0, 8: -1.0}, "stop_token_ids": [70]}, think_end_ids=[71, 72]
+    )
+    found = wire.sampling(given, config, capacity=LIMIT)
+    assert found == Sampling(
+        **wanted,
+        logit_bias=((8, -1.0), (9, 2.0)),
+        stop_token_ids=frozenset((70, *config.tokens.eos)),
+        think_end_ids=(71, 72),
+    )
+    given.sampling.ignore_eos = True
+    assert wire.sampling(given, config, capacity=LIMIT).stop_token_ids == {70}
+
+
+def test_what_is_not_wished_for_changes_nothing(config: ModelConfig) -> None:
+    made = request(token_ids=[5, 6, 7, 8], num_generated=1)
+    found = wire.sampling(made, config, capacity=100)
+    eos = frozenset(config.tokens.eos)
+    assert found == Sampling(max_tokens=97, seed=found.seed, stop_token_ids=eos)
+    assert found.seed != wire.sampling(made, config, capacity=100).seed
+    greedy = wire.sampling(request({"temperature": 0, "seed": 0}), config, capacity=100)
+    assert (greedy.temperature, greedy.seed) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -81,19 +81,6 @@ def test_all_tokens_to_one_expert_and_an_idle_shard() -> None:
     assert idle[1].shape == (0, 16)
 
 
-def test_same_dispatch_gives_the_same_bits_whatever_shares_the_server() -> None:
-    """Two shards held together compute what each of them computes alone."""
-    gate_up, down = bank(16, 64, 32, seed=3, dtype=torch.bfloat16)
-    ids, weights = routing(50, 16, 4, seed=4)
-    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
-    shards = [shard_of(gate_up, down, shard_experts(s, 4, 16)) for s in range(4)]
-    first = [shard_partial(x, ids, weights, s) for s in shards]
-    again = [shard_partial(x, ids, weights, s) for s in reversed(shards)][::-1]
-    for (rows, values), (rows2, values2) in zip(first, again, strict=True):
-        assert torch.equal(rows, rows2)
-        assert torch.equal(values, values2)
-
-
 class Made(TorchDispatchMode):
     """Bytes of the largest tensor that was made."""
 

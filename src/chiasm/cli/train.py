@@ -25,7 +25,7 @@ def train(
         Path | None, typer.Option(help="Folder of a run to go on with; its settings hold.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Only this stage: language, longer or joint.")
+        str | None, typer.Option(help="Only this stage: language, longer, sight or joint.")
     ] = None,
     ablation: Annotated[
         str | None,
