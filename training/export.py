@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig, TextConfig
 from chiasm.model.shapes import Shape, expert_prefix
 from chiasm.model.writer import Dimensions, write_description, write_weights
@@ -51,10 +52,23 @@ def export(
     partial.rename(directory)
 
 
+@torch.no_grad()
+def adopt(model: TrainingModel, directory: Path) -> None:
+    """Gives a model the weights of a checkpoint that serves: what `export` writes, back again.
+
+    Probes and an average, which such a checkpoint has none of, stay as they are. Raises what
+    Checkpoint raises.
+    """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with Checkpoint(directory, model.config) as stored:
+        for name, tensor in canonical(weights, model.config.text).items():
+            tensor.copy_(stored.get(name, tensor.shape))
+
+
 def canonical(
     weights: Weights, text: TextConfig, *, shared_pool: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Parameters of a TrainingModel by the hub's names."""
+    """Parameters of a TrainingModel by the hub's names: the same memory, but of a shared pool."""
     prefixes = {
         "language.": "",
         "vision.": "vision_model.",

@@ -9,7 +9,7 @@ from typing import TypeVar
 from chiasm.errors import InvalidArgument
 from chiasm.model.writer import Dimensions
 from chiasm.training.data.stream import Lesson
-from chiasm.training.data.tasks import ARRANGE, LOOK, MIX, SEE
+from chiasm.training.data.tasks import ARRANGE, LOOK, MIX, RECKON, SEE
 from chiasm.training.model import Part
 from chiasm.training.objective import Objective
 from chiasm.training.optimizer import OptimizerConfig, Schedule
@@ -118,6 +118,13 @@ _BUNDLED = Preset(
                 Lesson(num_samples=45_000, mix=ARRANGE),
             ),
         ),
+        Stage(
+            name="sums",
+            trains=_EVERYTHING,
+            mix=RECKON,
+            batch_tokens=1024,
+            schedule=Schedule(steps=900, warmup=50, peak=4e-4, floor=1e-5),
+        ),
     ),
     # Chosen by short runs on a few tasks: at 2e-3 the ViT learns nothing for thousands of steps,
     # and a bias that balances alone, by 2e-4 a step, holds the gates back.
@@ -151,7 +158,7 @@ _SMOKE = Preset(
             lessons=(),
             schedule=Schedule(steps=steps, warmup=4, peak=5e-3, floor=1e-3),
         )
-        for stage, steps in zip(_BUNDLED.stages, (10, 10, 10, 30), strict=True)
+        for stage, steps in zip(_BUNDLED.stages, (10, 10, 10, 20, 10), strict=True)
     ),
     checkpoint_every=25,
     log_every=5,
@@ -166,7 +173,7 @@ _ABLATION = replace(
             schedule=Schedule(steps=250, warmup=25, peak=2e-3, floor=1e-4),
         ),
         replace(
-            _BUNDLED.stages[-1],
+            _BUNDLED.stages[3],
             mix={"digits": 2, "description": 4, "colour": 2, "count": 1, "more": 1, "sums": 1},
             lessons=(),
             batch_tokens=2048,

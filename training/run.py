@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from chiasm.errors import InvalidArgument, NotFound
 from chiasm.model.config import ModelConfig
@@ -16,7 +17,7 @@ from chiasm.training import checkpoint, presets
 from chiasm.training.data import tokenizer
 from chiasm.training.data.packing import Batches, PackedBatch
 from chiasm.training.data.stream import Stream
-from chiasm.training.export import describe, export
+from chiasm.training.export import adopt, describe, export
 from chiasm.training.loop import Source, Trainer, Watcher
 from chiasm.training.metrics import plot
 from chiasm.training.model import TrainingModel, initialize
@@ -34,6 +35,8 @@ class RunConfig:
     ablation: str | None = None
     stage: str | None = None
     """Only this stage."""
+    model: str | None = None
+    """Directory of the checkpoint to begin with; without one, weights are drawn."""
     seed: int = 0
 
     def find(self) -> Preset:
@@ -41,15 +44,15 @@ class RunConfig:
 
 
 def start(directory: Path, config: RunConfig) -> Trainer:
-    """A new run in `directory`. Raises InvalidArgument where there is one already."""
+    """A new run in `directory`. Raises InvalidArgument where there is one already, and what
+    Checkpoint raises for a model that it cannot begin with."""
     preset = config.find()
     if directory.exists() and any(directory.iterdir()):
         raise InvalidArgument("out", f"{directory} is not empty; --resume goes on with a run")
-    description = describe(
-        directory / "description", preset.dimensions, tokenizer.train(), dtype="bfloat16"
-    )
+    words = tokenizer.train() if config.model is None else _words_of(Path(config.model))
+    description = describe(directory / "description", preset.dimensions, words, dtype="bfloat16")
     model = _model(preset, description)
-    initialize(model, config.seed)
+    _begin(model, config)
     (directory / RUN).write_text(json.dumps(asdict(config), indent=2) + "\n")
     return Trainer(preset, model, _source(directory, config.seed), directory)
 
@@ -70,7 +73,7 @@ def resume(directory: Path) -> Trainer:
         newest = checkpoint.newest(directory / "checkpoints")
     except NotFound:
         newest = None
-        initialize(model, config.seed)
+        _begin(model, config)
     return Trainer(preset, model, _source(directory, config.seed), directory, resume=newest)
 
 
@@ -95,6 +98,19 @@ def train(
 
 def _model(preset: Preset, config: ModelConfig) -> TrainingModel:
     return TrainingModel(config, shared_pool=preset.shared_pool, dtype=torch.bfloat16)
+
+
+def _words_of(model: Path) -> Tokenizer:
+    file = model / "tokenizer.json"
+    if not file.is_file():
+        raise InvalidArgument("model", f"{file} is not there")
+    return Tokenizer.from_file(str(file))
+
+
+def _begin(model: TrainingModel, config: RunConfig) -> None:
+    initialize(model, config.seed)
+    if config.model is not None:
+        adopt(model, Path(config.model))
 
 
 def _source(directory: Path, seed: int) -> Source:

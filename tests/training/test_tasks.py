@@ -236,7 +236,9 @@ def test_sums() -> None:
         if "from" in looking.question(sample):
             a, b = b, a
         is_plus = re.search(r"\+|Add|加", looking.question(sample))
-        assert int(sample.answer) == (a + b if is_plus else a - b) >= 0
+        sum_, result = sample.answer.split("=")
+        assert sum_ == f"{a}{'+' if is_plus else '-'}{b}"
+        assert int(result) == (a + b if is_plus else a - b) >= 0
 
 
 def test_lookups() -> None:

@@ -21,7 +21,7 @@ from chiasm.model.shapes import tensor_shapes
 from chiasm.training import checkpoint, presets
 from chiasm.training.data.packing import Batches, PackedBatch
 from chiasm.training.data.stream import Stream
-from chiasm.training.export import export
+from chiasm.training.export import canonical, export
 from chiasm.training.loop import Source, StepReport, Trainer
 from chiasm.training.model import Part, part_of
 from chiasm.training.optimizer import Schedule
@@ -244,6 +244,37 @@ def test_a_run_that_ends_before_its_first_line_leaves_a_model(tmp_path: Path) ->
     done = CliRunner().invoke(app, ["train", *flags])
     assert done.exit_code == 0, done.output
     assert (out / "model" / "config.json").exists()
+
+
+def test_a_run_begins_with_the_weights_and_words_of_a_model(tmp_path: Path) -> None:
+    flags = ["train", "--preset", "smoke", "--max-steps", "1"]
+    assert CliRunner().invoke(app, [*flags, "--out", str(tmp_path / "one")]).exit_code == 0
+    model = tmp_path / "one" / "model"
+    config = RunConfig(preset="smoke", stage="sums", model=str(model), seed=7)
+    begun = start(tmp_path / "two", config)
+    words = (model / "tokenizer.json").read_bytes()
+    assert (tmp_path / "two" / "description" / "tokenizer.json").read_bytes() == words
+    again = resume(tmp_path / "two")  # which has no checkpoint yet
+    with Checkpoint(model, ModelConfig.load(model)) as stored:
+        for trainer in (begun, again):
+            found = canonical(trainer.weights, begun.model.config.text)
+            assert found.keys() == tensor_shapes(ModelConfig.load(model)).keys()
+            for name, tensor in found.items():
+                assert torch.equal(tensor, stored.get(name).float()), name
+
+
+@pytest.mark.parametrize("model", ["absent", "wider"])
+def test_a_model_that_a_run_cannot_begin_with_is_refused(model: str, tmp_path: Path) -> None:
+    if model == "wider":
+        preset = short_preset(1)
+        wider = replace(preset, dimensions=replace(preset.dimensions, intermediate_size=72))
+        new = new_model(tmp_path / "description", wider)
+        weights = {name: p.detach() for name, p in new.named_parameters()}
+        export(new, weights, tmp_path / "description", tmp_path / model, shard_bytes=1 << 20)
+    flags = ["train", "--preset", "smoke", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, [*flags, "--model", str(tmp_path / model)])
+    assert done.exit_code == 2, done.output
+    assert ("[72, 32]" if model == "wider" else "tokenizer.json") in done.stderr
 
 
 @pytest.mark.parametrize("command", [["train", "--preset", "smoke", "--out"], ["synth"]])

@@ -112,3 +112,6 @@ ARRANGE: Mapping[str, float] = MappingProxyType(
     }
 )
 """Several things, and how they lie to one another."""
+
+RECKON: Mapping[str, float] = MappingProxyType({**MIX, "sums": 200})
+"""Sums, which are still being learnt when all else is known, and all else so that it stays."""

@@ -14,6 +14,8 @@ from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 _MAX_SENTENCES = 4
+_SMALL = 0.3
+"""Of the sums, how many begin with a number below 20 for sure."""
 
 _PLUS = Phrasings(
     en=("What is {a}+{b}?", "{a}+{b}=", "Add {a} and {b}."),
@@ -70,12 +72,16 @@ _CODE = Phrasings(
 
 
 def _draft_sum(rng: Random) -> Draft:
-    a, b = rng.randrange(100), rng.randrange(10)
+    """The answer says the sum again, so that its result comes right behind its numbers."""
+    # Small numbers have rows of their own (8-1 is not 28-1 without its ten), and are few.
+    a = rng.randrange(20 if rng.random() < _SMALL else 100)
+    b = rng.randrange(10)
     is_plus = a < b or rng.random() < 0.5
+    sign, result = ("+", a + b) if is_plus else ("-", a - b)
     return Draft(
-        key=("+" if is_plus else "-", a, b),
+        key=(sign, a, b),
         phrasings=_PLUS if is_plus else _MINUS,
-        answer=Bilingual.same(a + b if is_plus else a - b),
+        answer=Bilingual.same(f"{a}{sign}{b}={result}"),
         fields={"a": Bilingual.same(a), "b": Bilingual.same(b)},
     )
 

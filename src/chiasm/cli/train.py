@@ -12,7 +12,7 @@ from chiasm.cli import failures
 from chiasm.errors import InvalidArgument
 from chiasm.telemetry import logs
 
-_OF_A_NEW_RUN = ("preset", "out", "stage", "ablation", "seed")
+_OF_A_NEW_RUN = ("preset", "out", "stage", "model", "ablation", "seed")
 
 
 def train(
@@ -25,7 +25,11 @@ def train(
         Path | None, typer.Option(help="Folder of a run to go on with; its settings hold.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Only this stage: language, longer, sight or joint.")
+        str | None, typer.Option(help="Only this stage: language, longer, sight, joint or sums.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of the preset's dimensions to begin with, as its folder."),
     ] = None,
     ablation: Annotated[
         str | None,
@@ -49,7 +53,13 @@ def train(
         if resume is not None:
             trainer, directory = run.resume(resume), resume
         else:
-            config = run.RunConfig(preset=preset, ablation=ablation, stage=stage, seed=seed)
+            config = run.RunConfig(
+                preset=preset,
+                ablation=ablation,
+                stage=stage,
+                model=None if model is None else str(model.resolve()),
+                seed=seed,
+            )
             trainer, directory = run.start(out, config), out
         with watching(
             trainer.preset.num_steps, done=trainer.progress.step, tokens=trainer.progress.tokens
