@@ -9,6 +9,9 @@ INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard protos/*/*.proto protos/*/*/*.proto)
 
+# Tests that compute, and start and time nothing, run side by side.
+COMPUTING := $(addprefix tests/,checkpoint helm kernels model quant training)
+
 # Both recipes below install into one environment.
 .NOTPARALLEL:
 
@@ -38,7 +41,8 @@ demo: $(INSTALLED) ## Start all services on a small model, ask about a picture, 
 	$(BIN)/chiasm demo
 
 test: $(TEST_INSTALLED) ## Run every test
-	PYTHONSAFEPATH=1 $(BIN)/pytest
+	PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(COMPUTING)
+	PYTHONSAFEPATH=1 $(BIN)/pytest $(COMPUTING:%=--ignore=%)
 
 lint: $(TEST_INSTALLED) ## Ruff, mypy, import layers, protobuf lint
 	$(BIN)/ruff check .

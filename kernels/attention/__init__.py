@@ -3,6 +3,7 @@
     segment.py    where a sequence's tokens stand in a batch and in the cache
     reference.py  plain torch; the specification of the others
     cpu.py        torch's flash kernel over each run of the history in place
+    single.py     single bfloat16 tokens on a CPU, by a compiled kernel
     triton.py     kernels for GPUs
     metadata.py   the work of a step as those kernels read it; built once, used by every layer
     launch.py     checks, grid and launch
@@ -23,16 +24,21 @@ from chiasm.kernels.attention import cpu, launch, reference
 from chiasm.kernels.attention import metadata as layout
 from chiasm.kernels.attention.metadata import Metadata
 from chiasm.kernels.attention.segment import Segment
+from chiasm.kernels.attention.single import Singles
 from chiasm.kernels.device import is_triton
 
 __all__ = ["Metadata", "Segment", "paged_attention", "prepare"]
 
 
-def prepare(segments: Sequence[Segment], device: torch.device, *, group: int) -> Metadata | None:
+def prepare(
+    segments: Sequence[Segment], device: torch.device, *, group: int
+) -> Metadata | Singles | None:
     """What `paged_attention` would work out anew for each layer; None where it needs nothing.
 
     group: query heads per kv head.
     """
+    if device.type == "cpu":
+        return Singles.of(segments)
     return layout.prepare(segments, device, group=group) if is_triton(device) else None
 
 
@@ -42,7 +48,7 @@ def paged_attention(
     value: torch.Tensor,
     cache: torch.Tensor,
     segments: Sequence[Segment],
-    metadata: Metadata | None = None,
+    metadata: Metadata | Singles | None = None,
 ) -> torch.Tensor:
     """Attends causally within each segment; see reference.py for the exact statement.
 
@@ -51,8 +57,10 @@ def paged_attention(
     of them. Returns [T, heads, d].
     """
     if query.device.type == "cpu":
-        return cpu.paged_attention(query, key, value, cache, segments)
+        singles = metadata if isinstance(metadata, Singles) else None
+        return cpu.paged_attention(query, key, value, cache, segments, singles)
     if is_triton(query.device):
+        assert not isinstance(metadata, Singles)
         with torch.cuda.device(query.device):  # triton launches on the current device
             return launch.paged_attention(query, key, value, cache, segments, metadata)
     return reference.paged_attention(query, key, value, cache, segments)

@@ -1,6 +1,7 @@
 """Paged attention on a CPU: reads every run of the history in place, copies none of it.
 
-A segment's history is split at the ends of its runs. torch's flash kernel answers each piece with
+Single bfloat16 tokens take a kernel of their own (single.py). For all others
+a segment's history is split at the ends of its runs. torch's flash kernel answers each piece with
 its output and log-sum-exp, which combine exactly (Dao et al. 2022, arXiv:2205.14135, section 3.1).
 Only a segment's own tokens need a causal mask; what lies before them is visible to all of them, so
 the heads of a group stand as further queries of their kv head and the history is not expanded.
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from chiasm.kernels.attention.segment import Segment
+from chiasm.kernels.attention.single import Singles, attend, is_readable
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Output [kv_heads, group, n, d] and log-sum-exp float32 [kv_heads, group, n] of some keys."""
@@ -24,9 +26,13 @@ def paged_attention(
     value: torch.Tensor,
     cache: torch.Tensor,
     segments: Sequence[Segment],
+    singles: Singles | None = None,
 ) -> torch.Tensor:
-    """See kernels.attention.paged_attention."""
+    """See kernels.attention.paged_attention. singles: of the segments, where they are known."""
     out = torch.empty_like(query)
+    if is_readable(query, cache):
+        attend(query, cache, singles or Singles.of(segments), out)
+        segments = [segment for segment in segments if segment.num_tokens > 1]
     keys, values = cache
     for segment in segments:
         rows = slice(segment.row, segment.row + segment.num_tokens)
