@@ -9,7 +9,7 @@ from typing import TypeVar
 from chiasm.errors import InvalidArgument
 from chiasm.model.writer import Dimensions
 from chiasm.training.data.stream import Lesson
-from chiasm.training.data.tasks import ARRANGE, LOOK, MIX, RECKON, SEE
+from chiasm.training.data.tasks import ARRANGE, LOOK, MIX, READ, RECKON, SEE
 from chiasm.training.model import Part
 from chiasm.training.objective import Objective
 from chiasm.training.optimizer import OptimizerConfig, Schedule
@@ -125,6 +125,13 @@ _BUNDLED = Preset(
             batch_tokens=1024,
             schedule=Schedule(steps=1200, warmup=50, peak=2.5e-4, floor=1e-5),
         ),
+        Stage(
+            name="words",
+            trains=_EVERYTHING,
+            mix=READ,
+            batch_tokens=1024,
+            schedule=Schedule(steps=700, warmup=50, peak=1.5e-4, floor=5e-6),
+        ),
     ),
     # Chosen by short runs on a few tasks: at 2e-3 the ViT learns nothing for thousands of steps,
     # and a bias that balances alone, by 2e-4 a step, holds the gates back.
@@ -158,7 +165,7 @@ _SMOKE = Preset(
             lessons=(),
             schedule=Schedule(steps=steps, warmup=4, peak=5e-3, floor=1e-3),
         )
-        for stage, steps in zip(_BUNDLED.stages, (10, 10, 10, 20, 10), strict=True)
+        for stage, steps in zip(_BUNDLED.stages, (10, 10, 10, 20, 5, 5), strict=True)
     ),
     checkpoint_every=25,
     log_every=5,

@@ -29,6 +29,7 @@ def paged_attention(
     singles: Singles | None = None,
 ) -> torch.Tensor:
     """See kernels.attention.paged_attention. singles: of the segments, where they are known."""
+    query = query.contiguous()
     out = torch.empty_like(query)
     if is_readable(query, cache):
         attend(query, cache, singles or Singles.of(segments), out)

@@ -52,7 +52,6 @@ def is_readable(query: torch.Tensor, cache: torch.Tensor) -> bool:
     _, _, num_kv_heads, head_dim = cache.shape
     return (
         query.dtype is torch.bfloat16 is cache.dtype
-        and query.is_contiguous()
         and cache.is_contiguous()
         and head_dim % _WIDTH == 0
         and query.shape[1] // num_kv_heads <= _MAX_GROUP
@@ -62,7 +61,8 @@ def is_readable(query: torch.Tensor, cache: torch.Tensor) -> bool:
 
 
 def attend(query: torch.Tensor, cache: torch.Tensor, singles: Singles, out: torch.Tensor) -> None:
-    """Sets the rows of `singles` in out [T, heads, d]; see kernels.attention.paged_attention."""
+    """Sets the rows of `singles` in out [T, heads, d], contiguous as query is; see
+    kernels.attention.paged_attention."""
     library = native.library()
     assert library is not None  # or it had no bfloat16
     keys, values = cache

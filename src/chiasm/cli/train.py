@@ -25,7 +25,8 @@ def train(
         Path | None, typer.Option(help="Folder of a run to go on with; its settings hold.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Only this stage: language, longer, sight, joint or sums.")
+        str | None,
+        typer.Option(help="Only this stage: language, longer, sight, joint, sums or words."),
     ] = None,
     model: Annotated[
         Path | None,
