@@ -27,7 +27,7 @@ from chiasm.kernels.attention.segment import Segment
 from chiasm.kernels.attention.single import Singles
 from chiasm.kernels.device import is_triton
 
-__all__ = ["Metadata", "Segment", "paged_attention", "prepare"]
+__all__ = ["Metadata", "Segment", "Singles", "paged_attention", "prepare"]
 
 
 def prepare(

@@ -218,10 +218,11 @@ def test_what_does_not_fit_together_is_refused_before_it_runs() -> None:
         metadata.prepare(case.segments, DEVICE, group=65)
 
 
-def test_entry_point_prepares_where_triton_runs() -> None:
+def test_entry_point_prepares_what_the_device_needs() -> None:
     case = Case(RAGGED, heads=4, kv_heads=2, dim=32)
     prepared = attention.prepare(case.segments, DEVICE, group=2)
-    assert (prepared is None) == (DEVICE.type == "cpu")
+    is_on_cpu = DEVICE.type == "cpu"
+    assert isinstance(prepared, attention.Singles if is_on_cpu else attention.Metadata)
     unread = case.query[:, :2]
     if DEVICE.type == "cuda":
         found = attention.paged_attention(
