@@ -38,7 +38,6 @@ def is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
         x.dtype is torch.bfloat16 is weight.dtype
         and x.device.type == "cpu"
         and weight.is_contiguous()
-        and native.library() is not None
         and native.has_bfloat16()
     )
 

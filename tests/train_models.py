@@ -29,7 +29,9 @@ from chiasm.types import Grid, Modality
 def short_preset(*steps: int, ablation: str | None = None) -> Preset:
     """The smoke preset with its first stages, of so many steps each."""
     preset = find("smoke", ablation)
-    stages = tuple(_shortened(stage, n) for stage, n in zip(preset.stages, steps, strict=False))
+    stages = tuple(
+        _shortened(stage, n) for stage, n in zip(preset.stages[: len(steps)], steps, strict=True)
+    )
     return replace(preset, stages=stages)
 
 

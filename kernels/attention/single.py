@@ -55,7 +55,6 @@ def is_readable(query: torch.Tensor, cache: torch.Tensor) -> bool:
         and cache.is_contiguous()
         and head_dim % _WIDTH == 0
         and query.shape[1] // num_kv_heads <= _MAX_GROUP
-        and native.library() is not None
         and native.has_bfloat16()
     )
 

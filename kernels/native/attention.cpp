@@ -137,18 +137,18 @@ void attend_cut(
   }
 }
 
-// A row from the partial results of its cuts.
-void combine(const Cache& c, const float* partial, int64_t cuts, uint16_t* out) {
+// A row from the partial results of its cuts, added up in those of the first.
+void combine(const Cache& c, float* partial, int64_t cuts, uint16_t* out) {
+  const Partial all(partial, c);
   for (int64_t h = 0; h < c.heads(); ++h) {
-    float top = -INFINITY, sum = 0;
-    for (int64_t i = 0; i < cuts; ++i)
-      top = std::max(top, partial[i * Partial::size(c) + h]);
-    const std::unique_ptr<float[]> total(new float[c.dim]());
+    float top = -INFINITY, sum = 0, *total = all.values + h * c.dim;
+    for (int64_t i = 0; i < cuts; ++i) top = std::max(top, partial[i * Partial::size(c) + h]);
     for (int64_t i = 0; i < cuts; ++i) {
-      const Partial of(const_cast<float*>(partial) + i * Partial::size(c), c);
+      const Partial of(partial + i * Partial::size(c), c);
       const float share = std::exp(of.largest[h] - top);
       sum += share * of.sum[h];
-      for (int64_t d = 0; d < c.dim; ++d) total[d] += share * of.values[h * c.dim + d];
+      for (int64_t d = 0; d < c.dim; ++d)
+        total[d] = (i ? total[d] : 0) + share * of.values[h * c.dim + d];
     }
     for (int64_t d = 0; d < c.dim; ++d) out[h * c.dim + d] = narrow(total[d] / sum);
   }

@@ -17,6 +17,7 @@ import pytest
 from control.certificates import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from lost_status import told
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Client
@@ -28,7 +29,6 @@ from chiasm.types import TlsFiles
 
 KINDS = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
 BIG = b"x" * (1 << 20)
-ATTEMPTS = 10
 
 
 @pytest.fixture
@@ -81,18 +81,15 @@ async def call(channel: grpc.aio.Channel, kind: str, authorization: str | None) 
     metadata = () if authorization is None else (("authorization", authorization),)
     asks_many, answers_many = (part == "stream" for part in kind.split("_"))
     method = getattr(channel, kind)(f"/echo.Echo/{kind}")
-    failure: grpc.RpcError | None = None
-    for _ in range(ATTEMPTS):
+
+    async def answers() -> list[bytes]:
         started = method(iter([BIG]) if asks_many else BIG, metadata=metadata, timeout=20)
-        try:
-            return [answer async for answer in started] if answers_many else [await started]
-        except grpc.RpcError as error:
-            failure = error
-        # gRPC's client loses the status of a refusal that is faster than what it still writes.
-        if status.has_details(failure):
-            break
-    assert failure is not None
-    raise status.from_rpc_error(failure)
+        return [answer async for answer in started] if answers_many else [await started]
+
+    try:
+        return await told(answers)
+    except grpc.RpcError as error:
+        raise status.from_rpc_error(error) from None
 
 
 @pytest.mark.parametrize("kind", KINDS)
