@@ -44,6 +44,7 @@ def any_library(
         monkeypatch.setattr(native, "has_bfloat16", lambda: False)
     elif request.param == "no compiler":
         monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "has_bfloat16", lambda: False)
     else:
         assert native.library() is not None
 
