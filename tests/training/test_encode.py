@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -215,9 +216,16 @@ def test_a_sample_too_long_for_any_batch_is_refused(checkpoint: Path) -> None:
         list(islice(batches, 4))
 
 
-def test_batches_made_in_the_background_are_the_same(checkpoint: Path) -> None:
+@pytest.mark.parametrize("started_by", ["fork", "spawn"])
+def test_batches_made_in_the_background_are_the_same(checkpoint: Path, started_by: str) -> None:
+    """However this process would start others: benchmarks train in spawned ones."""
     batches = Batches(stream=Stream(seed=4), checkpoint=checkpoint, max_tokens=200)
-    assert all(map(equal, islice(batches.in_background(), 5), islice(batches, 5)))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(started_by, force=True)
+    try:
+        assert all(map(equal, islice(batches.in_background(), 5), islice(batches, 5)))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def spelled(known: Tokenizer, text: str) -> list[str]:

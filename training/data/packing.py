@@ -148,6 +148,7 @@ class Batches:
             _Dataset(self),
             batch_size=None,
             num_workers=1,
+            multiprocessing_context="fork",  # samples draw with closures, which none could send
             prefetch_factor=_PREFETCHED,
             collate_fn=_as_it_is,
             timeout=_BATCH_TIMEOUT_S,
