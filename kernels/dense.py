@@ -1,4 +1,4 @@
-"""Products with one stored matrix: `F.linear`, or what is faster for very few rows on a CPU."""
+"""Products with one stored matrix: `F.linear`, or what is faster for fewer rows on a CPU."""
 
 from __future__ import annotations
 
@@ -12,34 +12,59 @@ import torch.nn.functional as F
 from chiasm.kernels import native
 
 MAX_FEW_ROWS = 4
-"""Rows of x with which a bfloat16 matrix is read by `chiasm_dense`: with more, torch's product is
-as fast."""
+"""Rows of x with which a bfloat16 matrix is read by `chiasm_dense`."""
+
+MAX_TILED_ROWS = 512
+"""Up to which `chiasm_tiles` is faster than torch, where the processor has tiles. Without them
+torch is as fast from MAX_FEW_ROWS on."""
 
 Lists = tuple["ctypes.Array[ctypes.c_int32]", ...]
+
+DENSE = 3
+
+
+class Stack(ctypes.Structure):
+    """`Stack` of kernels/native/formats.h. Borrows the tensors' memory."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("aux", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+    )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [M, K] @ weight [N, K]^T -> [M, N], of x's dtype.
 
-    Few bfloat16 rows on a CPU take kernels/native/dense.cpp, unless gradients are recorded.
+    bfloat16 rows on a CPU, unless there are many, take kernels/native/dense.cpp or tiles.cpp, but
+    for when gradients are recorded.
     """
-    few = x.dim() == 2 and 0 < x.shape[0] <= MAX_FEW_ROWS and not torch.is_grad_enabled()
-    if not few or not is_readable(x, weight):
+    most = 0 if torch.is_grad_enabled() or x.dim() != 2 else most_rows(x, weight)
+    if not 0 < x.shape[0] <= most:
         return F.linear(x, weight)
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
-    multiply(x, weight, *_all_rows(x.shape[0]), out)
+    runs, index = _all_rows(x.shape[0])
+    if x.shape[0] <= MAX_FEW_ROWS:
+        multiply(x, weight, runs, index, out)
+    else:
+        multiply_by_tiles(stack(weight), x, runs, index, out)
     return out
 
 
-def is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `multiply` takes them on this machine."""
-    return (
+def most_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Rows that this machine's compiled products take, and are worth their while; 0 for none."""
+    is_readable = (
         x.dtype is torch.bfloat16 is weight.dtype
         and x.device.type == "cpu"
         and weight.is_contiguous()
         and native.has_bfloat16()
     )
+    return 0 if not is_readable else MAX_TILED_ROWS if native.has_tiles() else MAX_FEW_ROWS
 
 
 def multiply(
@@ -62,12 +87,36 @@ def multiply(
     )
 
 
+def multiply_by_tiles(
+    stack: Stack, x: torch.Tensor, lists: Lists, index: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Runs of rows of x through the matrices of a stack of any format: `chiasm_tiles`.
+
+    x: bfloat16. index: int32. All tensors are contiguous.
+    """
+    library = native.library()
+    assert library is not None  # or it had no tiles
+    library.chiasm_tiles(
+        ctypes.byref(stack),
+        pointer(x),
+        ctypes.c_int32(len(lists[0])),
+        *lists,
+        *map(pointer, (index, out)),
+        torch.get_num_threads(),
+    )
+
+
+def stack(weight: torch.Tensor) -> Stack:
+    """Of a contiguous bfloat16 tensor [.., N, K]."""
+    return Stack(DENSE, *weight.shape[-2:], weight.data_ptr(), None, None, None)
+
+
 def lists(runs: Sequence[tuple[int, int, int]]) -> Lists:
     """Of runs (expert, begin, end): all experts, all begins, all ends, as C++ wants them told."""
     return tuple((ctypes.c_int32 * len(runs))(*column) for column in zip(*runs, strict=True))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2 * MAX_TILED_ROWS)
 def _all_rows(num_rows: int) -> tuple[Lists, torch.Tensor]:
     """One run of all rows through the only matrix, and its index."""
     return lists([(0, 0, num_rows)]), torch.arange(num_rows, dtype=torch.int32)

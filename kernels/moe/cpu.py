@@ -54,9 +54,11 @@ def _results(
 
 
 def _pair_bytes(down: ExpertMatrices, dtype: torch.dtype) -> int:
-    """Held at a time: gate, up and as much again; or a result, as float32 too, and a copy."""
+    """Held at a time: gate, up and as much again, or what they are made of; or a result, as float32
+    too, and a copy."""
     width, inner = down.shape
-    return max(4 * inner * dtype.itemsize, width * (dtype.itemsize + 4 + 4))
+    inputs = (2 * inner + width) * dtype.itemsize
+    return max(4 * inner * dtype.itemsize, inputs, width * (dtype.itemsize + 4 + 4))
 
 
 def _runs(experts: range, counts: Sequence[int], token: torch.Tensor) -> Runs:

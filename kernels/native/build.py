@@ -22,7 +22,7 @@ from pathlib import Path
 import structlog
 import torch
 
-SOURCES = ("attention.cpp", "decode.cpp", "dense.cpp", "linear.cpp", "pairs.cpp", "viterbi.cpp")
+SOURCES = ("attention.cpp", "decode.cpp", "dense.cpp", "linear.cpp", "pairs.cpp", "tiles.cpp", "viterbi.cpp")
 HEADERS = ("formats.h", "generic.h", "laid.h", "lanes.h")
 FLAGS = (
     *("-std=c++17", "-shared", "-fPIC", "-fopenmp", "-O3", "-march=native"),
@@ -55,13 +55,6 @@ def _loaded() -> ctypes.CDLL:
     except OSError:
         path.unlink(missing_ok=True)  # damaged in the cache
         return ctypes.CDLL(str(compiled()))
-
-
-@functools.cache
-def has_bfloat16() -> bool:
-    """Whether `chiasm_dense` was compiled for a processor that multiplies bfloat16."""
-    found = library()
-    return found is not None and bool(found.chiasm_has_bfloat16())
 
 
 def compiled(extra_flags: Sequence[str] = ()) -> Path:

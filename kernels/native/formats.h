@@ -9,7 +9,7 @@
 constexpr int GROUP = 128;
 constexpr int STATES = 256;
 
-enum Format : int32_t { INT8 = 0, INT4 = 1, TCQ2 = 2 };
+enum Format : int32_t { INT8 = 0, INT4 = 1, TCQ2 = 2, DENSE = 3 };
 
 // A stack of matrices. scale: int8 float [e, n]; int4 bfloat16 [e, n, groups]; tcq2 (`row`) float
 // [e, n]. aux: int4 (`zero`) bfloat16 [e, n, groups]; tcq2 (`local`) uint8 [e, n, groups].
@@ -22,7 +22,9 @@ struct Stack {
   const int8_t* table;
 
   int64_t groups() const { return (k + GROUP - 1) / GROUP; }
-  int64_t row_bytes() const { return format == INT8 ? k : format == INT4 ? k / 2 : k / 4; }
+  int64_t row_bytes() const {
+    return format == INT8 ? k : format == INT4 ? k / 2 : format == TCQ2 ? k / 4 : 2 * k;
+  }
 };
 
 inline float widen(uint16_t bfloat) {

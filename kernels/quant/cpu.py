@@ -1,7 +1,8 @@
 """Products with stacks of matrices on a CPU: which way is fastest for how many rows.
 
 Few bfloat16 rows are multiplied with the codes as they are stored (kernels/native/linear.cpp), so
-that a matrix is read once and in its few bits. For many rows, and for float32, a matrix is widened
+that a matrix is read once and in its few bits. For many, processors with tiles widen a matrix piece
+by piece into their cache (kernels/native/tiles.cpp). Elsewhere, and for float32, a matrix is widened
 first and multiplied by torch; one widened matrix is held at a time, and none is kept. A row's
 result depends on the rows of its own run alone, never on the other runs.
 """
@@ -31,21 +32,14 @@ MAX_FUSED_ROWS: Mapping[type[ExpertMatrices], int] = {
 }
 """Of a run: with more, to widen the matrix costs less than to read its codes for every few rows."""
 
+MAX_UNTILED_ROWS: Mapping[type[ExpertMatrices], int] = {
+    Int8Matrices: 10,
+    Int4Matrices: 6,
+    Tcq2Matrices: 8,
+}
+"""The same, where the processor has tiles."""
+
 _INT8, _INT4, _TCQ2 = range(3)
-
-
-class _Stack(ctypes.Structure):
-    """`Stack` of kernels/native/formats.h."""
-
-    _fields_ = (
-        ("format", ctypes.c_int32),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("codes", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("aux", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,24 +68,32 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
     if isinstance(matrices, RotatedMatrices):
         return grouped_linear(matrices.inner, rotate(x), runs)
     out = x.new_empty(runs.index.numel(), matrices.shape[0])
-    stack = _stack(matrices)
-    most = _most_rows(matrices, stack, x)
-    few: list[tuple[int, int, int]] = []
-    for run in zip(runs.experts, runs.begin, runs.end, strict=True):
-        expert, begin, end = run
-        if begin == end:
-            continue
-        if end - begin <= most:
-            few.append(run)
-        else:
+    stack = _stack(matrices) if x.device.type == "cpu" and x.dtype is torch.bfloat16 else None
+    few, many = _by_length(runs, _most_rows(matrices, stack, x))
+    index = runs.index.contiguous()
+    if many and stack is not None and native.has_tiles():
+        dense.multiply_by_tiles(stack, x.contiguous(), dense.lists(many), index, out)
+    else:
+        for expert, begin, end in many:
             weight = widened(matrices, expert, x.dtype)
-            torch.mm(x[runs.index[begin:end]], weight.t(), out=out[begin:end])
+            torch.mm(x[index[begin:end]], weight.t(), out=out[begin:end])
     if few:
-        index = runs.index.contiguous()
-        if len(few) < len(runs.experts):
+        if many:
             x, index = _only_read(x, index, few)
         _multiply(matrices, stack, x.contiguous(), dense.lists(few), index, out)
     return out
+
+
+def _by_length(
+    runs: Runs, most: int
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """Runs (expert, begin, end) of up to `most` rows, and of more; those of none are in neither."""
+    few: list[tuple[int, int, int]] = []
+    many: list[tuple[int, int, int]] = []
+    for run in zip(runs.experts, runs.begin, runs.end, strict=True):
+        if num_rows := run[2] - run[1]:
+            (few if num_rows <= most else many).append(run)
+    return few, many
 
 
 def _only_read(
@@ -106,17 +108,18 @@ def _only_read(
     return x[is_read], place[index]
 
 
-def _most_rows(matrices: ExpertMatrices, stack: _Stack | None, x: torch.Tensor) -> int:
+def _most_rows(matrices: ExpertMatrices, stack: dense.Stack | None, x: torch.Tensor) -> int:
     """Rows of a run up to which the compiled products are there and worth their while."""
     if isinstance(matrices, DenseMatrices):
-        return dense.MAX_FEW_ROWS if dense.is_readable(x, matrices.weight) else 0
-    is_read = x.dtype is torch.bfloat16 and x.device.type == "cpu" and stack is not None
-    return MAX_FUSED_ROWS[type(matrices)] if is_read and native.library() is not None else 0
+        return min(dense.MAX_FEW_ROWS, dense.most_rows(x, matrices.weight))
+    if stack is None or native.library() is None:
+        return 0
+    return (MAX_UNTILED_ROWS if native.has_tiles() else MAX_FUSED_ROWS)[type(matrices)]
 
 
 def _multiply(
     matrices: ExpertMatrices,
-    stack: _Stack | None,
+    stack: dense.Stack | None,
     x: torch.Tensor,
     lists: dense.Lists,
     index: torch.Tensor,
@@ -142,7 +145,7 @@ def _multiply(
 
 def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """`matrices.dequantize(expert, dtype)`, the same bits, by the fastest way there is."""
-    stack = _stack(matrices)
+    stack = None if isinstance(matrices, DenseMatrices) else _stack(matrices)
     library = native.library() if stack is not None else None
     if stack is None or library is None or dtype not in (torch.float32, torch.bfloat16):
         return matrices.dequantize(expert, dtype)
@@ -161,10 +164,12 @@ def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.
     return out
 
 
-def _stack(matrices: ExpertMatrices) -> _Stack | None:
+def _stack(matrices: ExpertMatrices) -> dense.Stack | None:
     """What the C++ needs to know; None for what it does not read. Borrows the tensors' memory."""
     tensors: tuple[torch.Tensor, ...]
-    if isinstance(matrices, Int8Matrices):
+    if isinstance(matrices, DenseMatrices) and matrices.weight.dtype is torch.bfloat16:
+        kind, tensors = dense.DENSE, (matrices.weight,)
+    elif isinstance(matrices, Int8Matrices):
         kind, tensors = _INT8, (matrices.codes, matrices.scale)
     elif isinstance(matrices, Int4Matrices):
         kind, tensors = _INT4, (matrices.codes, matrices.scale, matrices.zero)
@@ -174,4 +179,4 @@ def _stack(matrices: ExpertMatrices) -> _Stack | None:
         return None
     if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
         return None
-    return _Stack(kind, *matrices.shape, *(t.data_ptr() for t in tensors))
+    return dense.Stack(kind, *matrices.shape, *(t.data_ptr() for t in tensors))

@@ -1,5 +1,4 @@
-"""Products with one matrix: the fast path for few rows is the plain product, and only where it may
-be."""
+"""Products with one matrix: the fast paths are the plain product, and only where they may be."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ def matrices(
     return x, torch.randn(shape, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 33])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 33, 512, 513])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 31), (96, 64), (130, 257), (64, 2560)])
 @torch.no_grad()
 def test_products_are_those_of_float32_rounded(rows: int, shape: tuple[int, int]) -> None:

@@ -25,6 +25,9 @@ _build_log = tempfile.TemporaryFile()  # noqa: SIM115 # open as long as the proc
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
     """These tests come last, so that the build can go on beside all others."""
     items.sort(key=lambda item: HERE in item.path.parents)
+    for item in items:
+        if HERE in item.path.parents:  # whichever is first waits for the build
+            item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S + 300))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -25,7 +25,7 @@ from chiasm.kernels.quant.formats import (
 
 # A result is rounded to bfloat16, by up to 2^-8 of itself; without a compiler so are the weights.
 LINEAR_TOLERANCE = 8e-3
-FEW_ROWS = (1, 2, 3, 5, 9)
+ROWS = (1, 2, 3, 5, 9, 17, 40, 65)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,8 @@ def any_library(
     if request.param == "any processor":
         assert not generic.chiasm_has_lanes()
         monkeypatch.setattr(native, "library", lambda: generic)
-        monkeypatch.setattr(native, "has_bfloat16", lambda: False)
     elif request.param == "no compiler":
         monkeypatch.setattr(native, "library", lambda: None)
-        monkeypatch.setattr(native, "has_bfloat16", lambda: False)
     else:
         assert native.library() is not None
 
@@ -54,6 +52,11 @@ def inputs(rows: int, k: int, seed: int) -> torch.Tensor:
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed))
     x[:, seed % k] *= 100
     return x.bfloat16()
+
+
+def dense(experts: int, n: int, k: int) -> DenseMatrices:
+    g = torch.Generator().manual_seed(n)
+    return DenseMatrices(torch.randn(experts, n, k, generator=g).bfloat16())
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -75,11 +78,11 @@ def test_decoding_is_the_definition_bit_for_bit(name: str, shape: tuple[int, int
 @pytest.mark.usefixtures("any_library")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
-def test_products_of_few_rows(name: str, shape: tuple[int, int, int]) -> None:
+def test_products(name: str, shape: tuple[int, int, int]) -> None:
     matrices = FORMATS[name](*shape, seed=sum(shape))
     for expert in range(shape[0]):
         weight = matrices.dequantize(expert, torch.float32).double()
-        for rows in FEW_ROWS:
+        for rows in ROWS:
             x = inputs(rows, shape[2], seed=rows)
             error = relative_error(matrices.linear(x, expert), x.double() @ weight.t())
             assert error <= LINEAR_TOLERANCE
@@ -129,12 +132,27 @@ def test_int8_makes_no_matrix_of_float32_on_other_devices() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
     matrices = FORMATS[name](1, 37, 384, seed=3)
-    x = inputs(11, 384, seed=4)
+    x = inputs(min(cpu.MAX_UNTILED_ROWS.values()), 384, seed=4)
     together = matrices.linear(x, 0)
     assert torch.equal(together, torch.cat([matrices.linear(row[None], 0) for row in x]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert torch.equal(together, matrices.linear(x, 0))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not native.has_tiles(), reason="no tiles in this processor")
+@pytest.mark.parametrize("name", [*FORMATS, "dense"])
+def test_a_row_of_many_does_not_depend_on_the_others(name: str) -> None:
+    """Only on whether they are many."""
+    matrices = dense(2, 150, 320) if name == "dense" else FORMATS[name](2, 150, 320, seed=3)
+    x = inputs(81, 320, seed=4)
+    together = cpu.linear(matrices, x, 1)
+    for begin, end in ((0, 11), (11, 27), (27, 60), (60, 81)):
+        assert torch.equal(cpu.linear(matrices, x[begin:end], 1), together[begin:end])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert torch.equal(cpu.linear(matrices, x, 1), together)
     torch.set_num_threads(threads)
 
 
@@ -192,9 +210,8 @@ def test_no_rows_make_no_rows(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("any_library")
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 9, 33)], ids=str)
 def test_products_with_bfloat16_matrices(shape: tuple[int, int, int]) -> None:
-    g = torch.Generator().manual_seed(sum(shape))
-    matrices = DenseMatrices(torch.randn(shape, generator=g).bfloat16())
-    for rows in FEW_ROWS:
+    matrices = dense(*shape)
+    for rows in ROWS:
         x = inputs(rows, shape[2], seed=rows)
         expected = x.double() @ matrices.weight[1 % shape[0]].double().t()
         found = cpu.linear(matrices, x, 1 % shape[0])
