@@ -14,9 +14,12 @@ from chiasm.kernels import native
 MAX_FEW_ROWS = 4
 """Rows of x with which a bfloat16 matrix is read by `chiasm_dense`."""
 
+MAX_UNTILED_ROWS = 2
+"""The same, where the processor has tiles."""
+
 MAX_TILED_ROWS = 512
-"""Up to which `chiasm_tiles` is faster than torch, where the processor has tiles. Without them
-torch is as fast from MAX_FEW_ROWS on."""
+"""Up to which `chiasm_tiles` is faster than torch. Without tiles torch is as fast from
+MAX_FEW_ROWS on."""
 
 Lists = tuple["ctypes.Array[ctypes.c_int32]", ...]
 
@@ -43,28 +46,29 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     bfloat16 rows on a CPU, unless there are many, take kernels/native/dense.cpp or tiles.cpp, but
     for when gradients are recorded.
     """
-    most = 0 if torch.is_grad_enabled() or x.dim() != 2 else most_rows(x, weight)
+    few = 0 if torch.is_grad_enabled() or x.dim() != 2 else few_rows(x, weight)
+    most = MAX_TILED_ROWS if few and native.has_tiles() else few
     if not 0 < x.shape[0] <= most:
         return F.linear(x, weight)
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
     runs, index = _all_rows(x.shape[0])
-    if x.shape[0] <= MAX_FEW_ROWS:
+    if x.shape[0] <= few:
         multiply(x, weight, runs, index, out)
     else:
         multiply_by_tiles(stack(weight), x, runs, index, out)
     return out
 
 
-def most_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
-    """Rows that this machine's compiled products take, and are worth their while; 0 for none."""
+def few_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Rows up to which `multiply` is worth its while; 0 where it does not take x and weight."""
     is_readable = (
         x.dtype is torch.bfloat16 is weight.dtype
         and x.device.type == "cpu"
         and weight.is_contiguous()
         and native.has_bfloat16()
     )
-    return 0 if not is_readable else MAX_TILED_ROWS if native.has_tiles() else MAX_FEW_ROWS
+    return 0 if not is_readable else MAX_UNTILED_ROWS if native.has_tiles() else MAX_FEW_ROWS
 
 
 def multiply(

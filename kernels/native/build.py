@@ -22,7 +22,15 @@ from pathlib import Path
 import structlog
 import torch
 
-SOURCES = ("attention.cpp", "decode.cpp", "dense.cpp", "linear.cpp", "pairs.cpp", "tiles.cpp", "viterbi.cpp")
+SOURCES = (
+    "attention.cpp",
+    "decode.cpp",
+    "dense.cpp",
+    "linear.cpp",
+    "pairs.cpp",
+    "tiles.cpp",
+    "viterbi.cpp",
+)
 HEADERS = ("formats.h", "generic.h", "laid.h", "lanes.h")
 FLAGS = (
     *("-std=c++17", "-shared", "-fPIC", "-fopenmp", "-O3", "-march=native"),

@@ -1,9 +1,9 @@
 // Products of many bfloat16 rows by the processor's tiles (AMX), for matrices of any format.
 //
-// A tile holds 16 rows of 64 bytes. The matrix's rows are a product's left operand: bfloat16 ones are
-// loaded from where they are stored, others are widened, 64 rows at a time, into a buffer that stays
-// in the cache. Rows of x are the right operand, laid out once. Sums are float32, in one order, so a
-// row's result does not depend on the other rows, nor on the number of threads.
+// A tile holds 16 rows of 64 bytes. The matrix's rows are a product's left operand: bfloat16 ones
+// are loaded from where they are stored, others are widened, 64 rows at a time, into a buffer that
+// stays in the cache. Rows of x are the right operand, laid out once. Sums are float32, in one
+// order, so a row's result does not depend on the other rows, nor on the number of threads.
 #include <memory>
 #include <vector>
 
@@ -22,11 +22,11 @@ namespace {
 
 #ifdef TILES
 
-constexpr int64_t SIDE = 16;             // rows of a tile
-constexpr int64_t DEPTH = 32;            // bfloat16 values of a tile's row
-constexpr int64_t TILE = SIDE * DEPTH;   // values of a tile
-constexpr int64_t BLOCK = 2 * SIDE;      // rows of the matrix, and of x, that are multiplied at a time
-constexpr int64_t CHUNK = 2 * BLOCK;     // rows of the matrix that a thread takes at a time
+constexpr int64_t SIDE = 16;            // rows of a tile
+constexpr int64_t DEPTH = 32;           // bfloat16 values of a tile's row
+constexpr int64_t TILE = SIDE * DEPTH;  // values of a tile
+constexpr int64_t BLOCK = 2 * SIDE;     // rows of the matrix, and of x, multiplied at a time
+constexpr int64_t CHUNK = 2 * BLOCK;    // rows of the matrix that a thread takes at a time
 
 struct alignas(64) Config {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

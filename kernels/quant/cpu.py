@@ -1,10 +1,10 @@
 """Products with stacks of matrices on a CPU: which way is fastest for how many rows.
 
 Few bfloat16 rows are multiplied with the codes as they are stored (kernels/native/linear.cpp), so
-that a matrix is read once and in its few bits. For many, processors with tiles widen a matrix piece
-by piece into their cache (kernels/native/tiles.cpp). Elsewhere, and for float32, a matrix is widened
-first and multiplied by torch; one widened matrix is held at a time, and none is kept. A row's
-result depends on the rows of its own run alone, never on the other runs.
+that a matrix is read once and in its few bits. For many, processors with tiles (AMX) widen a matrix
+piece by piece in their cache (kernels/native/tiles.cpp). Elsewhere, and for float32, a matrix is
+widened first and multiplied by torch; one widened matrix is held at a time, and none is kept. A
+row's result depends on the rows of its own run alone, never on the other runs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _only_read(
 def _most_rows(matrices: ExpertMatrices, stack: dense.Stack | None, x: torch.Tensor) -> int:
     """Rows of a run up to which the compiled products are there and worth their while."""
     if isinstance(matrices, DenseMatrices):
-        return min(dense.MAX_FEW_ROWS, dense.most_rows(x, matrices.weight))
+        return dense.few_rows(x, matrices.weight)
     if stack is None or native.library() is None:
         return 0
     return (MAX_UNTILED_ROWS if native.has_tiles() else MAX_FUSED_ROWS)[type(matrices)]
