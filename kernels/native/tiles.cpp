@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t SIDE = 16;            // rows of a tile
 constexpr int64_t DEPTH = 32;           // bfloat16 values of a tile's row
 constexpr int64_t TILE = SIDE * DEPTH;  // values of a tile
-constexpr int64_t BLOCK = 2 * SIDE;     // rows of the matrix, and of x, multiplied at a time
+constexpr int64_t BLOCK = 2 * SIDE;     // rows of the matrix that are multiplied at a time
 constexpr int64_t CHUNK = 2 * BLOCK;    // rows of the matrix that a thread takes at a time
 
 struct alignas(64) Config {
@@ -34,7 +34,7 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
 
   Config() {
-    for (int i = 0; i < 8; ++i) row_bytes[i] = 64, rows[i] = SIDE;
+    for (int i = 0; i < 4; ++i) row_bytes[i] = 64, rows[i] = SIDE;
   }
 };
 
@@ -189,37 +189,25 @@ struct Widener {
   }
 };
 
-// 32 rows of a matrix, `stride` bytes apart, times 16 or (IS_WIDE) 32 rows of x -> out [2 or 4]
-// tiles of float: the first 16 rows of the matrix, the others, the same for the next rows of x.
-template <bool IS_WIDE>
+// 32 rows of a matrix, `stride` bytes apart, times 16 rows of x -> out, two tiles of float.
+//
+// Four tiles are in use and no more: of those that a core renames them to, its threads share few, and
+// with all eight in use (two by two sums) a product was seen to wait for the one before.
 void block(
     const uint16_t* rows, int64_t stride, const uint16_t* x, int64_t steps, float* out) {
-  const uint16_t *lower = rows + SIDE * stride / 2, *next = x + steps * TILE;
+  const uint16_t* lower = rows + SIDE * stride / 2;
   written();
   _tile_zero(0);
   _tile_zero(1);
-  if (IS_WIDE) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
   for (int64_t i = 0; i < steps; ++i) {
-    _tile_loadd(4, rows + i * DEPTH, stride);
-    _tile_loadd(5, lower + i * DEPTH, stride);
-    _tile_loadd(6, x + i * TILE, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    if (IS_WIDE) {
-      _tile_loadd(7, next + i * TILE, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    _tile_loadd(3, x + i * TILE, 64);
+    _tile_loadd(2, rows + i * DEPTH, stride);
+    _tile_dpbf16ps(0, 2, 3);
+    _tile_loadd(2, lower + i * DEPTH, stride);
+    _tile_dpbf16ps(1, 2, 3);
   }
   _tile_stored(0, out, 64);
   _tile_stored(1, out + 256, 64);
-  if (IS_WIDE) {
-    _tile_stored(2, out + 512, 64);
-    _tile_stored(3, out + 768, 64);
-  }
 }
 
 // A tile of sums [rows of the matrix, rows of x] to out [rows of x, n].
@@ -252,23 +240,17 @@ void multiply(const Widener& widener, const Part& part, int64_t steps, uint16_t*
   // A line more than a row is long, or the same place of all rows would fall on the same lines.
   const int64_t stride = is_direct ? s.k * 2 : steps * 64 + 64;
   const auto* rows = is_direct ? reinterpret_cast<const uint16_t*>(s.codes) + first * s.k : buffer;
-  alignas(64) float sums[4 * 256], scale[CHUNK] = {};
+  alignas(64) float sums[BLOCK * SIDE], scale[CHUNK] = {};
   if (!is_direct)
     for (int64_t j = 0; j < height; ++j) widener(first + j, steps * DEPTH, buffer + j * stride / 2);
   for (int64_t j = 0; j < height; ++j) scale[j] = widener.scale(first + j);
-  for (int64_t m = 0; m < part.count; m += BLOCK) {
-    const int64_t count = std::min(BLOCK, part.count - m);
+  for (int64_t m = 0; m < part.count; m += SIDE) {
     const uint16_t* x = part.x + m * steps * DEPTH;
     for (int64_t j = 0; j < height; j += BLOCK) {
-      const uint16_t* at = rows + j * stride / 2;
-      if (count > SIDE)
-        block<true>(at, stride, x, steps, sums);
-      else
-        block<false>(at, stride, x, steps, sums);
-      for (int64_t tile = 0; tile < (count > SIDE ? 4 : 2); ++tile) {
-        const int64_t i = j + tile % 2 * SIDE, c = tile / 2 * SIDE;  // its first row of each
-        uint16_t* out = part.out + (m + c) * s.n + part.begin + i;
-        put(sums + tile * 256, scale + i, height - i, std::min(SIDE, count - c), out, s.n);
+      block(rows + j * stride / 2, stride, x, steps, sums);
+      for (int64_t i = j; i < std::min(height, j + BLOCK); i += SIDE) {
+        uint16_t* out = part.out + m * s.n + part.begin + i;
+        put(sums + (i - j) * SIDE, scale + i, height - i, std::min(SIDE, part.count - m), out, s.n);
       }
     }
   }
