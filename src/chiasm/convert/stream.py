@@ -10,6 +10,7 @@ would load.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import json
@@ -139,6 +140,7 @@ class _Writer:
                 for field, stored in bank.tensor_names(expert, projection).items():
                     stream.add(stored, tensors[field])
                     self._on_bytes(tensors[field].nbytes)
+            _give_back()
         return {projection: dataclasses.asdict(cost) for projection, cost in costs.items()}
 
     def _encode_dense(self, file: DenseFile, stream: SafetensorsStream) -> dict[str, Any]:
@@ -157,7 +159,15 @@ class _Writer:
                 stream.add(f"{name}.{part}", tensor)
                 self._on_bytes(tensor.nbytes)
             costs[name] = dataclasses.asdict(cost)
+            _give_back()
         return costs
+
+
+def _give_back() -> None:
+    """To the system what is free: glibc keeps it, in pieces that fit the next matrix badly, until
+    it holds as much as the model."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
