@@ -64,7 +64,8 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
     """Rows up to which `multiply` is worth its while; 0 where it does not take x and weight."""
     is_readable = (
         x.dtype is torch.bfloat16 is weight.dtype
-        and x.device.type == "cpu"
+        and x.device.type == weight.device.type == "cpu"
+        and x.shape[-1] == weight.shape[-1]
         and weight.is_contiguous()
         and native.has_bfloat16()
     )
@@ -123,7 +124,8 @@ def lists(runs: Sequence[tuple[int, int, int]]) -> Lists:
 @functools.lru_cache(maxsize=2 * MAX_TILED_ROWS)
 def _all_rows(num_rows: int) -> tuple[Lists, torch.Tensor]:
     """One run of all rows through the only matrix, and its index."""
-    return lists([(0, 0, num_rows)]), torch.arange(num_rows, dtype=torch.int32)
+    index = torch.arange(num_rows, dtype=torch.int32, device="cpu")
+    return lists([(0, 0, num_rows)]), index
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

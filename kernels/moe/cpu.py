@@ -55,10 +55,12 @@ def _results(
 
 def _pair_bytes(down: ExpertMatrices, dtype: torch.dtype) -> int:
     """Held at a time: gate, up and as much again, or what they are made of; or a result, as float32
-    too, and a copy."""
+    too, and a copy; or what rotates the inputs of down. Products with tiles round runs up to 16
+    rows, which is not counted."""
     width, inner = down.shape
     inputs = (2 * inner + width) * dtype.itemsize
-    return max(4 * inner * dtype.itemsize, inputs, width * (dtype.itemsize + 4 + 4))
+    rotated = 18 * inner if isinstance(down, RotatedMatrices) else 0
+    return max(4 * inner * dtype.itemsize, inputs, width * (dtype.itemsize + 4 + 4), rotated)
 
 
 def _runs(experts: range, counts: Sequence[int], token: torch.Tensor) -> Runs:

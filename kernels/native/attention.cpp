@@ -6,6 +6,7 @@
 // number of threads.
 #include <cmath>
 #include <memory>
+#include <numeric>
 
 #include "formats.h"
 
@@ -173,8 +174,9 @@ void chiasm_attend(
   const std::unique_ptr<int64_t[]> first(new int64_t[count + 1]);
   first[0] = 0;
   for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + (length[i] + CUT - 1) / CUT;
+  const int64_t work = std::accumulate(length, length + count, int64_t(0)) * 2 * c.heads() * dim;
   const std::unique_ptr<float[]> partial(new float[first[count] * Partial::size(c)]);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(worth(work, threads))
   {
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < first[count]; ++item) {

@@ -45,7 +45,7 @@ void decode_row(const Stack& s, int64_t row, Out* out) {
 
 template <typename Out>
 void decode(const Stack& s, int64_t first, int64_t count, Out* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 32)
+#pragma omp parallel for num_threads(worth(count * s.k, threads)) schedule(dynamic, 32)
   for (int64_t i = 0; i < count; ++i) {
     Out* to = out + i * s.k;
 #ifdef LANES

@@ -65,8 +65,10 @@ void chiasm_dense(
     const int32_t* expert, const int32_t* begin, const int32_t* end, const int32_t* index,
     uint16_t* out, int threads) {
   const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+  int64_t rows_of_all = 0;
+  for (int32_t r = 0; r < num_runs; ++r) rows_of_all += end[r] - begin[r];
   // Dynamic: a core may be another process's for a while, and its share must not wait for it.
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(worth(rows_of_all * n * k, threads)) schedule(dynamic)
   for (int64_t item = 0; item < num_runs * chunks; ++item) {
     const int64_t run = item / chunks, first = item % chunks * CHUNK;
     const int64_t count = std::min(CHUNK, n - first);

@@ -27,6 +27,12 @@ struct Stack {
   }
 };
 
+// Threads for work of so many multiplications: to wake one takes as long as many of them.
+inline int worth(int64_t multiplications, int threads) {
+  constexpr int64_t EACH = 1 << 19;
+  return int(std::clamp<int64_t>(multiplications / EACH, 1, std::max(threads, 1)));
+}
+
 inline float widen(uint16_t bfloat) {
   uint32_t bits = uint32_t(bfloat) << 16;
   float value;

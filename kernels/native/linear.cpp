@@ -228,7 +228,9 @@ void linear(
   const Laid<F> laid(s.k, num_rows);
   const int64_t chunk = std::max<int64_t>(2, CHUNK_BYTES / s.row_bytes() / 2 * 2);
   const int64_t chunks = (s.n + chunk - 1) / chunk;
-#pragma omp parallel num_threads(threads)
+  int64_t rows = 0;
+  for (int32_t r = 0; r < runs.count; ++r) rows += runs.end[r] - runs.begin[r];
+#pragma omp parallel num_threads(worth(rows * s.n * s.k, threads))
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < num_rows; ++row) laid.fill(row, x + row * s.k, s.k);

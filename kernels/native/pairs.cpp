@@ -23,7 +23,7 @@ void combine(
   for (int64_t i = 0; i < num_pairs; ++i) ++begin[slot[i] + 2];
   for (int64_t r = 2; r < num_rows + 2; ++r) begin[r] += begin[r - 1];
   for (int64_t i = 0; i < num_pairs; ++i) order[begin[slot[i] + 1]++] = i;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, CHUNK)
+#pragma omp parallel for num_threads(worth(num_pairs * width, threads)) schedule(dynamic, CHUNK)
   for (int64_t r = 0; r < num_rows; ++r) {
     float* row = values + r * width;
     for (int64_t i = begin[r]; i < begin[r + 1]; ++i) {

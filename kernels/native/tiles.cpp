@@ -1,9 +1,10 @@
 // Products of many bfloat16 rows by the processor's tiles (AMX), for matrices of any format.
 //
 // A tile holds 16 rows of 64 bytes. The matrix's rows are a product's left operand: bfloat16 ones
-// are loaded from where they are stored, others are widened, 64 rows at a time, into a buffer that
-// stays in the cache. Rows of x are the right operand, laid out once. Sums are float32, in one
-// order, so a row's result does not depend on the other rows, nor on the number of threads.
+// are loaded from where they are stored, others (and ends of matrices) are widened, 64 rows at a
+// time, into a buffer that stays in the cache. Rows of x are the right operand, laid out before.
+// Sums are float32, in one order, so a row's result does not depend on the other rows, nor on the
+// number of threads. What is smaller than float32's smallest normal number counts as zero.
 #include <memory>
 #include <vector>
 
@@ -181,18 +182,19 @@ struct Widener {
     float scale = 1, zero = 0;
     if (s.format == INT4) {
       scale = widen(static_cast<const uint16_t*>(s.scale)[at]);
-      zero = widen(static_cast<const uint16_t*>(s.aux)[at]) - 8 * scale;
+      zero = widen(static_cast<const uint16_t*>(s.aux)[at]);
     } else if (s.format == TCQ2) {
       scale = static_cast<const uint8_t*>(s.aux)[at];
     }
-    for (int i = 0; i < count; ++i) out[i] = narrow(float(whole[i]) * scale + zero);
+    const int offset = s.format == INT4 ? 8 : 0;
+    for (int i = 0; i < count; ++i) out[i] = narrow(float(whole[i] - offset) * scale + zero);
   }
 };
 
 // 32 rows of a matrix, `stride` bytes apart, times 16 rows of x -> out, two tiles of float.
 //
-// Four tiles are in use and no more: of those that a core renames them to, its threads share few, and
-// with all eight in use (two by two sums) a product was seen to wait for the one before.
+// Four tiles are in use and no more: of those that a core renames them to, its threads share few,
+// and with all eight in use (two by two sums) a product was seen to wait for the one before.
 void block(
     const uint16_t* rows, int64_t stride, const uint16_t* x, int64_t steps, float* out) {
   const uint16_t* lower = rows + SIDE * stride / 2;
@@ -272,19 +274,19 @@ void chiasm_tiles(
   for (int32_t r = 0; r < num_runs; ++r)
     first[r + 1] = first[r] + (end[r] - begin[r] + SIDE - 1) / SIDE;
   const Aligned<uint16_t> laid(first[num_runs] * steps * TILE);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(worth(first[num_runs] * SIDE * s->n * s->k, threads))
   {
     const Config config;
     written();
     _tile_loadconfig(&config);
     const Widener widener(*s);
     const Aligned<uint16_t> buffer(CHUNK * (steps + 1) * DEPTH);
-#pragma omp for schedule(dynamic)
-    for (int32_t r = 0; r < num_runs; ++r)
-      for (int64_t b = first[r]; b < first[r + 1]; ++b) {
-        const int64_t at = begin[r] + (b - first[r]) * SIDE;
-        lay(x, s->k, index + at, std::min(SIDE, end[r] - at), laid.at + b * steps * TILE);
-      }
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < first[num_runs]; ++b) {
+      const auto r = std::upper_bound(first.begin(), first.end(), b) - first.begin() - 1;
+      const int64_t at = begin[r] + (b - first[r]) * SIDE;
+      lay(x, s->k, index + at, std::min(SIDE, end[r] - at), laid.at + b * steps * TILE);
+    }
     // Dynamic: a core may be another process's for a while, and its share must not wait for it.
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < num_runs * chunks; ++item) {

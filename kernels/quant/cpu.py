@@ -64,7 +64,12 @@ def linear(matrices: ExpertMatrices, x: torch.Tensor, expert: int) -> torch.Tens
 
 
 def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> torch.Tensor:
-    """x [T, K] -> [P, N]: row i is x[index[i]] @ matrix^T of its run's expert."""
+    """x [T, K] -> [P, N]: row i is x[index[i]] @ matrix^T of its run's expert.
+
+    Raises ValueError when x has not as many columns as the matrices.
+    """
+    if x.shape[1] != matrices.shape[1]:
+        raise ValueError(f"rows of {x.shape[1]} for matrices of {matrices.shape[1]} columns")
     if isinstance(matrices, RotatedMatrices):
         return grouped_linear(matrices.inner, rotate(x), runs)
     out = x.new_empty(runs.index.numel(), matrices.shape[0])

@@ -32,7 +32,8 @@ def test_products_are_those_of_float32_rounded(rows: int, shape: tuple[int, int]
 @pytest.mark.skipif(not native.has_bfloat16(), reason="no bfloat16 in this processor")
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_few_beside_it() -> None:
-    x, weight = matrices(dense.MAX_UNTILED_ROWS, (50, 96), torch.bfloat16)
+    x, weight = matrices(dense.MAX_FEW_ROWS, (50, 96), torch.bfloat16)
+    x = x[: dense.few_rows(x, weight)]
     together = dense.linear(x, weight)
     for rows in (x[:1], x.flip(0)[-1:]):
         assert torch.equal(dense.linear(rows, weight)[0], together[0])
@@ -45,6 +46,13 @@ def test_float32_and_transposed_matrices_are_torchs_own() -> None:
     assert torch.equal(dense.linear(x, weight), F.linear(x, weight))
     x, weight = matrices(2, (40, 40), torch.bfloat16)
     assert torch.equal(dense.linear(x, weight.t()), F.linear(x, weight.t()))
+
+
+@torch.no_grad()
+def test_rows_of_another_width_are_refused() -> None:
+    x, weight = matrices(3, (8, 16), torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        dense.linear(x[:, :8], weight)
 
 
 def test_gradients_are_recorded() -> None:

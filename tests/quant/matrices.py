@@ -14,8 +14,13 @@ from chiasm.kernels.quant.formats import (
     num_groups,
 )
 
-SHAPES = [(3, 40, 256), (2, 33, 128), (2, 7, 16), (2, 5, 48), (1, 9, 132), (2, 70, 384)]
+SHAPES = [
+    *((3, 40, 256), (2, 33, 128), (2, 7, 16), (2, 5, 48), (1, 9, 132), (2, 70, 384), (2, 150, 332))
+]
 """[E, N, K]: whole groups and short ones, odd numbers of rows."""
+
+ODD_SHAPES = {"int8": (1, 70, 131), "int4": (1, 70, 130), "tcq2": (1, 70, 140)}
+"""K is what a format may have at most oddly."""
 
 
 def int8(experts: int, n: int, k: int, seed: int = 0) -> Int8Matrices:
