@@ -17,6 +17,7 @@ from chiasm.services.decoder.hedging import HedgePolicy
 from chiasm.services.decoder.holders import Placement
 from chiasm.services.decoder.inbox import Inbox
 from chiasm.services.decoder.link import Connection, NoAnswer
+from chiasm.services.decoder.pace import is_slow
 from chiasm.services.decoder.work import Work
 from chiasm.telemetry import metrics
 from chiasm.transport.shared_memory import Arena
@@ -112,14 +113,16 @@ class Flight:
         connection = self._calls.pop(call)
         if response.WhichOneof("result") != "partials":
             error = response.error
-            self._failure(call, errors.from_code(error.code, f"{call.address}: {error.message}"))
+            failure = errors.from_code(error.code, f"{call.address}: {error.message}")
+            self._failure(call, connection, failure)
             return
-        self._servers.hedging.answered(len(call.part.rows), time.monotonic() - call.sent)
+        now = time.monotonic()
+        self._servers.hedging.answered(len(call.part.rows), now - call.sent)
         if not self._missing.isdisjoint(call.part.shards):
             try:
                 partials = self._work.partials(call.part, response.partials, arena)
             except errors.DataLoss as damage:
-                self._failure(call, damage)
+                self._failure(call, connection, damage)
                 connection.damaged(damage)
                 return
             self._found += [p for p in partials if p.shard in self._missing]
@@ -127,14 +130,15 @@ class Flight:
             connection.damaged(None)
             if call.is_hedge:
                 metrics.HEDGES.labels(str(self._work.modality), "won").inc()
+        connection.pace.add(self._work.num_tokens, now - call.sent, now)
         call.end()
 
     def failed(self, call: Call, error: errors.ChiasmError) -> None:
-        self._calls.pop(call)
-        self._failure(call, error)
+        self._failure(call, self._calls.pop(call), error)
 
-    def _failure(self, call: Call, error: errors.ChiasmError) -> None:
+    def _failure(self, call: Call, connection: Connection, error: errors.ChiasmError) -> None:
         call.end(error)
+        connection.pace.fail(time.monotonic())
         self._failed[call.address] = error
         self._last_error = error
         metrics.DISPATCH_ATTEMPTS_FAILED.labels(str(self._work.modality), error.reason).inc()
@@ -229,10 +233,10 @@ class Flight:
             connection.send(call)
             self._calls[call] = connection
         except errors.Unavailable as error:
-            self._failure(call, error)
+            self._failure(call, connection, error)
 
     def _plan(self, shards: set[int]) -> tuple[dict[Connection, list[int]], set[int]]:
-        """A holder for each shard, least loaded first, and the shards that have none left.
+        """A holder for each shard, and the shards that have none left.
 
         Holders that have failed, or are asked for the shard already, are passed over.
         """
@@ -249,10 +253,21 @@ class Flight:
             if not holders:
                 unplaced.add(shard)
                 continue
-            # A server that is in the plan already takes another shard for free.
-            best = min(holders, key=lambda c: (c not in plan, _is_late(c, now), c.num_calls))
-            plan.setdefault(best, []).append(shard)
+            plan.setdefault(self._best(holders, plan, now), []).append(shard)
         return plan, unplaced
+
+    def _best(
+        self, holders: list[Connection], plan: dict[Connection, list[int]], now: float
+    ) -> Connection:
+        """Neither late nor slow, then in the plan, which takes another shard for free, then with
+        least to do."""
+        late = {c for c in holders if _is_late(c, now)}
+        mean_s = {c: c.pace.mean_s(self._work.num_tokens, now) for c in holders}
+        best_s = min(mean_s[c] for c in holders if c not in late or len(late) == len(holders))
+        return min(
+            holders,
+            key=lambda c: (c in late, is_slow(mean_s[c], best_s), c not in plan, c.num_calls),
+        )
 
 
 def _is_late(connection: Connection, now: float) -> bool:

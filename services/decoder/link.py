@@ -18,6 +18,7 @@ from chiasm import errors
 from chiasm.services.decoder.calls import Call
 from chiasm.services.decoder.inbox import Inbox
 from chiasm.services.decoder.lane import Lane, open_lane
+from chiasm.services.decoder.pace import Pace
 from chiasm.telemetry import metrics
 from chiasm.transport import status
 from chiasm.transport.channel import open_channel
@@ -61,8 +62,9 @@ class Connection:
         send: Callable[[experts_pb2.DispatchRequest], None],
         on_lost: Callable[[errors.ChiasmError], None],
         modality: Modality,
+        pace: Pace,
     ) -> None:
-        self.address = address
+        self.address, self.pace = address, pace
         self.is_broken = self.has_answered = False
         self._inbox, self._send, self._on_lost = inbox, send, on_lost
         self._calls: dict[int, Call] = {}  # oldest first
@@ -165,6 +167,7 @@ class ServerLink:
         self.connection: Connection | None = None
         self._modality, self._inbox, self._on_change = modality, inbox, on_change
         self._max_message_bytes, self._use_lane = max_message_bytes, use_lane
+        self._pace = Pace()  # of the server, however often the way to it breaks
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run(), name=f"link {address}")
 
@@ -211,6 +214,7 @@ class ServerLink:
             lambda request: self._tell(outgoing.put_nowait, request),
             lambda error: self._tell(_resolve, lost, error),
             self._modality,
+            self._pace,
         )
         call = stub.Dispatch(_iterate(outgoing, sent))
         tasks = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from decoder.test_scheduler import ALL, IMAGE_ID, scheduler, sequence
 
 from chiasm import errors
 from chiasm.model.moe import Dispatch
-from chiasm.services.decoder.engine import Engine
+from chiasm.services.decoder.engine import Engine, EngineLoad
 from chiasm.services.decoder.pools import LocalPool, PoolFailed
 from chiasm.services.decoder.sampler import PROMPT_ROWS
 from chiasm.services.decoder.scheduler import Chunk
@@ -29,7 +30,10 @@ from chiasm.services.decoder.speculation import Drafts
 from chiasm.types import Modality
 
 VOCABULARY = 200
-POOLS: Any = SimpleNamespace(covered=lambda: ALL, wait_ns=dict.fromkeys(Modality, 0))
+WAIT_S = 20.0
+POOLS: Any = SimpleNamespace(
+    covered=lambda: ALL, wait_ns=dict.fromkeys(Modality, 0), tidy=lambda: None
+)
 
 
 class Model:
@@ -233,4 +237,49 @@ def test_a_row_behind_a_right_guess_that_is_not_finite(engine: Engine, model: Mo
     assert [type(event) for event in tokens] == [TokenEvent] * 2
     assert isinstance(last, FailedEvent)
     assert "not finite" in last.error.message
+    assert engine.load().kv_tokens_used == 0
+
+
+class Watched(Model):
+    """Every step waits until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began: Queue[set[int]] = Queue()
+        self.may_go_on: Queue[None] = Queue()
+
+    def run(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        self.began.put({id(chunk.sequence) for chunk in chunks})
+        self.may_go_on.get(timeout=WAIT_S)
+        return super().run(chunks)
+
+
+def test_who_goes_away_during_a_step_is_not_in_the_next() -> None:
+    """Nor does it hold any blocks then, whether it ran or waited for a place."""
+    model: Any = Watched()
+    engine = Engine(model, scheduler(64, max_running=2), POOLS, park_timeout_s=60)
+    stays, goes, waits = sequence(5, 90), sequence(6, 90), sequence(7, 90)
+    for given in (stays, goes, waits):
+        given.sink = lambda _: None
+        engine.submit(given)
+    engine.start()
+    try:
+        assert model.began.get(timeout=WAIT_S) == {id(stays), id(goes)}
+        engine.abort(goes)
+        engine.abort(waits)
+        model.may_go_on.put(None)
+        assert model.began.get(timeout=WAIT_S) == {id(stays)}
+        assert not goes.table.blocks
+        blocks = stays.table.blocks
+        assert engine.load() == EngineLoad(
+            running=1,
+            waiting=0,
+            kv_tokens_used=len(blocks) * engine._scheduler.blocks.block_size,
+            kv_tokens_total=engine.load().kv_tokens_total,
+        )
+        engine.abort(stays)
+    finally:
+        for _ in range(2):
+            model.may_go_on.put(None)
+        engine.close()
     assert engine.load().kv_tokens_used == 0
