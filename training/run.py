@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from chiasm.errors import InvalidArgument, NotFound
+from chiasm.errors import ChiasmError, InvalidArgument, NotFound
 from chiasm.model.config import ModelConfig
 from chiasm.training import checkpoint, presets
 from chiasm.training.data import tokenizer
@@ -52,7 +53,11 @@ def start(directory: Path, config: RunConfig) -> Trainer:
     words = tokenizer.train() if config.model is None else _words_of(Path(config.model))
     description = describe(directory / "description", preset.dimensions, words, dtype="bfloat16")
     model = _model(preset, description)
-    _begin(model, config)
+    try:
+        _begin(model, config)
+    except ChiasmError:
+        shutil.rmtree(directory / "description")  # or the next try would not find it empty
+        raise
     (directory / RUN).write_text(json.dumps(asdict(config), indent=2) + "\n")
     return Trainer(preset, model, _source(directory, config.seed), directory)
 

@@ -275,6 +275,7 @@ def test_a_model_that_a_run_cannot_begin_with_is_refused(model: str, tmp_path: P
     done = CliRunner().invoke(app, [*flags, "--model", str(tmp_path / model)])
     assert done.exit_code == 2, done.output
     assert ("[72, 32]" if model == "wider" else "tokenizer.json") in done.stderr
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("command", [["train", "--preset", "smoke", "--out"], ["synth"]])
