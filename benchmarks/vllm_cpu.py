@@ -48,6 +48,7 @@ SETTINGS = {
     "output_len": "48",
     "repeat": 2,
     "warmup": 2,
+    "duration": 60.0,  # of each load: one request at a time takes its time
 }
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoints")
     parser.add_argument("--sweep", default="concurrency=1,8,32", help="as of `chiasm bench serve`")
-    parser.add_argument("--requests", type=int, default=32, help="of each load and repeat")
+    parser.add_argument("--requests", type=int, default=64, help="of each load and repeat, at most")
     options = parser.parse_args()
     load = {"sweep": options.sweep, "num_requests": options.requests}
     with documents.measuring("vllm_cpu") as document, contextlib.ExitStack() as running:

@@ -6,7 +6,7 @@
 bfloat16 and once in int8 (about 22 GB on disk); the stack of separate processes serves them.
 Measured through the gateway: tokens a second of decoding by batch size and of a long prompt,
 seconds to the first token of a question about a picture, and what every process holds in memory;
-with half the cores a process, as `chiasm up` has it, and with all of them.
+with half the cores a process, and with all of them, as `chiasm up` has it.
 """
 
 from __future__ import annotations

@@ -354,12 +354,13 @@ def describe(topology: Topology) -> str:
 def _environment(name: str) -> dict[str, str]:
     """The environment of a child.
 
-    Six processes that spin on their thread pools would starve each other, so they wait passively
-    and none takes all cores; whatever the user has set stays. Only OTEL_SERVICE_NAME, which would
+    Six processes that spin on their thread pools would starve each other, so they wait passively.
+    Each may use all cores: whoever computes, the others mostly wait for it. Whatever the user has
+    set stays. Only OTEL_SERVICE_NAME, which would
     make one service of all, is a prefix here, and what is meant for one process or for a client of
     another system is left out.
     """
-    threads = str(max(1, cores.usable() // 2))
+    threads = str(cores.usable())
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if prefix := os.environ.get("OTEL_SERVICE_NAME"):
         environment["OTEL_SERVICE_NAME"] = f"{prefix}-{_kind(name)}"

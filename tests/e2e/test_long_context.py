@@ -12,7 +12,7 @@ import torch
 from checkpoint.converters import reference_model
 from processes import memory_bytes
 
-from chiasm import cores, errors
+from chiasm import errors
 from chiasm.client import Client, Sampling, Tokens
 from chiasm.local import LocalStack, StackConfig
 from chiasm.model.synth import PRESETS, synthesize
@@ -46,8 +46,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stack(directory: Path) -> Iterator[LocalStack]:
     with pytest.MonkeyPatch.context() as environment:
-        # One request at a time: whoever computes may have every core.
-        environment.setenv("OMP_NUM_THREADS", str(cores.usable()))
         environment.setenv("CHIASM_MAX_STEP_TOKENS", "2048")
         environment.setenv("CHIASM_KV_CACHE_TOKENS", str(2 * CONTEXT))
         running = LocalStack(StackConfig(model=directory, dtype="float32"))
