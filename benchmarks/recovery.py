@@ -74,16 +74,17 @@ def _report(report: Callable[[str], None], name: str, gaps: list[float]) -> None
 
 
 @contextmanager
-def _stack(model: Path, *, hedging: bool) -> Iterator[Cluster]:
+def _stack(model: Path, *, hedging: bool, lane: bool = True) -> Iterator[Cluster]:
     """Two servers of one text pool, one decoder."""
     os.environ["CHIASM_HEDGE_BUDGET"] = "0.05" if hedging else "0"
+    os.environ["CHIASM_LANE"] = str(lane)
     stack = Cluster(StackConfig(model=model, dtype="float32"))
     try:
         stack.endpoint = stack.start()
         stack.add(POOL)
         yield stack
     finally:
-        del os.environ["CHIASM_HEDGE_BUDGET"]
+        del os.environ["CHIASM_HEDGE_BUDGET"], os.environ["CHIASM_LANE"]
         stack.stop()
 
 
@@ -131,19 +132,32 @@ def _nothing(stack: Cluster) -> Iterator[Callable[[], object]]:
 
 @contextmanager
 def _server_killed(stack: Cluster) -> Iterator[Callable[[], object]]:
-    """The one that the decoder prefers."""
-    victim = stack.running(POOL)[0]
-    yield lambda: stack.kill(victim)
-    stack.wait_gone(victim)
+    victims: list[str] = []
+
+    def kill() -> None:
+        victims.append(stack.in_use(POOL))
+        stack.kill(victims[0])
+
+    yield kill
+    stack.wait_gone(victims[0])
     stack.add(POOL)
 
 
 @contextmanager
 def _server_stuck(stack: Cluster) -> Iterator[Callable[[], object]]:
-    victim = stack.running(POOL)[0]
     with ExitStack() as stopped:
-        yield lambda: stopped.enter_context(stack.stopped(victim))
-    stack.wait_ready(victim)
+        yield lambda: stopped.enter_context(stack.stopped(stack.in_use(POOL)))
+    for name in stack.running(POOL):
+        stack.wait_ready(name)
+
+
+@contextmanager
+def _server_slow(stack: Cluster) -> Iterator[Callable[[], object]]:
+    """It stands still for 100 ms of every 110."""
+    with ExitStack() as slow:
+        yield lambda: slow.enter_context(stack.stuttering(stack.in_use(POOL)))
+    for name in stack.running(POOL):
+        stack.wait_ready(name)
 
 
 @contextmanager
@@ -180,18 +194,23 @@ HEDGED: dict[str, Case] = {
     "nothing": _nothing,
     "expert server killed, replica": _server_killed,
     "expert server stuck, replica": _server_stuck,
+    "expert server slow, replica": _server_slow,
     "all expert servers killed, one started": _all_servers_killed,
     "decoder killed, another one": _decoder_killed,
 }
-UNHEDGED: dict[str, Case] = {"expert server stuck, replica, no hedging": _server_stuck}
+UNHEDGED: dict[str, Case] = {
+    "expert server stuck, replica, no hedging": _server_stuck,
+    "expert server slow, replica, no hedging": _server_slow,
+}
 
 
 def _measure_cuts(model: Path, *, hedging: bool) -> list[float]:
-    """The preferred server is in a network namespace whose link goes down."""
+    """The server in use is in a network namespace whose link goes down."""
     with fast_network() as network:
         loopback, local.LOOPBACK = local.LOOPBACK, network.host
         try:
-            with _stack(model, hedging=hedging) as stack:
+            # Without shared memory the near server is not much nearer, and so not preferred.
+            with _stack(model, hedging=hedging, lane=False) as stack:
                 local.LOOPBACK = network.address
                 far = network.run(lambda: stack.add(POOL, wait=False))
                 local.LOOPBACK = network.host
@@ -208,11 +227,13 @@ def _measure_cuts(model: Path, *, hedging: bool) -> list[float]:
 @contextmanager
 def _cut(stack: Cluster, network: Network, far: str) -> Iterator[Callable[[], object]]:
     near = stack.add(POOL)
-    while stack.running(POOL)[0] != far:  # the first one is preferred; their order is by chance
-        stack.kill(near)
-        stack.wait_gone(near)
-        near = stack.add(POOL)
-    yield network.cut
+
+    def cut() -> None:
+        if stack.in_use(POOL) != far:
+            raise AssertionError("the link that was to be cut is not in use")
+        network.cut()
+
+    yield cut
     stack.wait_gone(far)
     network.mend()
     stack.wait_ready(far)

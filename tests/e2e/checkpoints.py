@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint.converters import to_paddle, to_transformers
+from e2e.reference import FONT
 from transformers import (
     AutoTokenizer,
     Ernie4_5_VLMoeConfig,
@@ -20,13 +22,13 @@ from transformers import (
 from chiasm.model.synth import synthesize
 
 VIDEO = {
-    "draw_on_frames": False,
+    "draw_on_frames": True,
     "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 12},
 }
 
 
 def hub(directory: Path, seed: int) -> Path:
-    """The hub's -PT layout, with a small limit for video frames."""
+    """The hub's -PT layout, with a small limit for video frames, which bear their times."""
     synthesize(directory, seed=seed)
     (directory / "video_preprocessor_config.json").write_text(json.dumps(VIDEO))
     return directory
@@ -92,7 +94,7 @@ def saved(directory: Path, seed: int) -> Path:
             size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 60}
         ),
         tokenizer=tokenizer,
-        video_processor=Ernie4_5_VLMoeVideoProcessor(**VIDEO),
+        video_processor=Ernie4_5_VLMoeVideoProcessor(**VIDEO, font=FONT),
     ).save_pretrained(directory / "saved")
     return directory / "saved"
 
@@ -116,6 +118,7 @@ def _randomised(config: Any, seed: int) -> Any:
 def _with_small_videos(directory: Path) -> Path:
     path = directory / "processor_config.json"
     settings = json.loads(path.read_text())
-    settings["video_processor"] |= VIDEO
+    settings["video_processor"] |= VIDEO | {"font": Path(FONT).name}
+    shutil.copy(FONT, directory)
     path.write_text(json.dumps(settings))
     return directory

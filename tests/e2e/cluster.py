@@ -111,6 +111,25 @@ class Cluster(LocalStack):
         finally:
             self.children[name].signal(signal.SIGCONT)
 
+    @contextmanager
+    def stuttering(self, name: str) -> Iterator[None]:
+        """A process that stands still most of the time: 100 ms of 110."""
+        end = threading.Event()
+
+        def stutter() -> None:
+            while not end.is_set():
+                with self.stopped(name):
+                    end.wait(0.1)
+                end.wait(0.01)
+
+        thread = threading.Thread(target=stutter)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
     def wait_exit(self, name: str) -> int:
         """The exit code of a process that was told to end."""
         child = self.children[name]
@@ -145,6 +164,20 @@ class Cluster(LocalStack):
             lines = answer.read().decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {key: float(value) for key, _, value in samples}
+
+    def in_use(self, pool: str) -> str:
+        """The server of a pool that computes now: that whose count of tokens grows most."""
+
+        def num_tokens(name: str) -> float:
+            samples = self.metrics(name).items()
+            return sum(v for k, v in samples if k.startswith("chiasm_expert_tokens_total{"))
+
+        before = {name: num_tokens(name) for name in self.running(pool)}
+        wait_until(
+            lambda: any(num_tokens(name) > count for name, count in before.items()),
+            f"{pool} computes",
+        )
+        return max(before, key=lambda name: num_tokens(name) - before[name])
 
     def decoder_load(self, name: str) -> decoder_pb2.DecoderLoad:
         with self._channel(name) as channel:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import font_roboto
 import numpy as np
 import torch
 from checkpoint.converters import reference_model
@@ -21,6 +22,8 @@ from transformers import (
 from chiasm.client import Result
 
 LOGITS_TOLERANCE = 1e-4
+FONT = str(font_roboto.font_files["Roboto"])
+"""That of the times on video frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ def processor(directory: Path) -> Any:
     return Ernie4_5_VLMoeProcessor(
         image_processor=Ernie4_5_VLMoeImageProcessor(size=size),
         tokenizer=AutoTokenizer.from_pretrained(directory),
-        video_processor=Ernie4_5_VLMoeVideoProcessor(**video),
+        video_processor=Ernie4_5_VLMoeVideoProcessor(**{"font": FONT} | video),
     )
 
 

@@ -6,10 +6,7 @@ Besides, what the way between decoder and servers leaves behind: nothing.
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,26 +42,6 @@ def num_arenas(stack: Cluster, name: str) -> int:
     return maps.count("memfd:chiasm-arena")
 
 
-@contextmanager
-def stuttering(stack: Cluster, name: str) -> Iterator[None]:
-    """A process that stands still most of the time."""
-    end = threading.Event()
-
-    def stutter() -> None:
-        while not end.is_set():
-            with stack.stopped(name):
-                end.wait(0.1)
-            end.wait(0.01)
-
-    thread = threading.Thread(target=stutter)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
-
-
 def test_dispatches_of_one_host_go_through_shared_memory(stack: Cluster, peace: Peace) -> None:
     for prompt in (TEXT, picture_prompt(1)):
         peace.answer(prompt)
@@ -96,7 +73,7 @@ def test_a_server_stutters(stack: Cluster, peace: Peace) -> None:
     while len(stack.running("text-pool-0")) < 2:
         stack.add("text-pool-0")
     victim = stack.running("text-pool-0")[0]
-    with stuttering(stack, victim):
+    with stack.stuttering(victim):
         for _ in range(2):
             running = [start(stack, TEXT, s) for s in (GREEDY, SEEDED)]
             for stream, answer in zip(running, expected, strict=True):

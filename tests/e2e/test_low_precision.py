@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,15 @@ import pytest
 import torch
 from e2e import checkpoints
 from e2e.cases import Case, cases
+from e2e.cluster import Stream, cluster
 from e2e.reference import Reference
 from e2e.stack import up
 from safetensors.torch import load_file, save_file
 
-from chiasm.client import Client, Sampling
+from chiasm.client import Client, Sampling, user
 from chiasm.convert import plan, stream
 from chiasm.convert.plan import Options
+from chiasm.local import StackConfig
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
@@ -133,3 +135,22 @@ def test_answers_are_those_of_the_widened_weights(
     assert found.prompt_logits is not None
     assert np.abs(found.prompt_logits - expected.logits).max() <= LOGITS_TOLERANCE
     assert list(found.token_ids) == expected.token_ids
+
+
+def test_replicas_in_bfloat16_agree_to_the_bit(tmp_path: Path) -> None:
+    """One of them dies in mid-stream: not even the log-probabilities show it."""
+    source = checkpoints.hub(tmp_path / "model", seed=3)
+    options = Options(text_experts="int4", vision_experts="tcq2")
+    stream.run(plan.make(source, options), tmp_path / "q")
+    prompt = [user("Tell me of the sea, the wind and the rain.")]
+    sampling = replace(GREEDY, max_tokens=200, logprobs=3)
+    with cluster(StackConfig(model=tmp_path / "q", dtype="bfloat16")) as stack:
+        with Client(stack.endpoint) as client:
+            expected = client.complete(prompt, sampling=sampling, prompt_logits=True)
+        stack.add("text-pool-0")
+        # With its logits all of the prompt is computed again, as the first time.
+        running = Stream(stack.endpoint, prompt, sampling, prompt_logits=True)
+        running.wait_tokens(10)
+        stack.kill(stack.in_use("text-pool-0"))
+        found = running.result()
+        assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)

@@ -10,7 +10,7 @@ import pytest
 from e2e.cases import picture, png
 from e2e.cluster import Cluster, Stream, cluster
 
-from chiasm.client import Client, Prompt, Sampling, image, user
+from chiasm.client import Client, Prompt, Regex, Sampling, image, user
 from chiasm.local import StackConfig
 
 NUM_TOKENS = 150
@@ -27,7 +27,9 @@ PROMPTS: dict[str, Prompt] = {
     "text": [user("Tell me of the sea, the wind and the rain.")],
     "image": [user(image(png(picture(84, 112, 5))), "What is in the picture?")],
 }
-REQUESTS = [(prompt, sampling) for prompt in PROMPTS.values() for sampling in (GREEDY, SEEDED)]
+REQUESTS: list[tuple[Prompt, Sampling]] = [
+    (prompt, sampling) for prompt in PROMPTS.values() for sampling in (GREEDY, SEEDED)
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,39 @@ def test_streams_outlive_their_decoder(stack: Cluster) -> None:
         assert found.finish_reason == wanted.finish_reason
         assert replace(found.usage, cached_tokens=0) == replace(wanted.usage, cached_tokens=0)
     assert stack.metrics("gateway")["chiasm_request_resumes_total"] >= 4
+
+
+def test_what_is_more_than_tokens_outlives_its_decoder(stack: Cluster) -> None:
+    """A grammar's state, several answers, the search for a stop string, log-probabilities."""
+    prompt = PROMPTS["text"]
+    with Client(stack.endpoint) as client:
+        text = client.complete(prompt, sampling=SEEDED).text
+        late = text[int(0.8 * len(text)) :][:8]
+        assert late not in text[: len(text) // 2], "the decoder must die before"
+        samplings = [
+            replace(SEEDED, min_tokens=0, response_format=Regex("([a-z]{2} ){90}")),
+            replace(SEEDED, n=2),
+            replace(SEEDED, stop=(late,), logprobs=2),
+        ]
+        expected = [client.complete(prompt, sampling=s) for s in samplings]
+    for name in [stack.add("decoder", wait=False) for _ in range(2)]:
+        stack.wait_ready(name)
+    streams = [Stream(stack.endpoint, prompt, s) for s in samplings]
+    before = stack.metrics("gateway")["chiasm_request_resumes_total"]
+    for num_tokens in (15, 40):
+        for stream in streams:
+            stream.wait_tokens(num_tokens)
+        busy = {n: stack.decoder_load(n).running_requests for n in stack.running("decoder")}
+        stack.kill(max(busy, key=lambda name: busy[name]))
+    for stream, wanted in zip(streams, expected, strict=True):
+        found = stream.result()
+        assert [(c.token_ids, c.text, c.finish_reason) for c in found.choices] == [
+            (c.token_ids, c.text, c.finish_reason) for c in wanted.choices
+        ]
+        assert [len(c.logprobs or ()) for c in found.choices] == [
+            len(c.logprobs or ()) for c in wanted.choices
+        ]
+    assert stack.metrics("gateway")["chiasm_request_resumes_total"] >= before + 2
 
 
 def test_the_last_decoder_dies_and_another_comes(stack: Cluster) -> None:
