@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from chiasm.kernels.moe.pairs import combine, pairs_of
 from chiasm.kernels.moe.reference import ShardWeights
 from chiasm.kernels.moe.scratch import groups
+from chiasm.kernels.moe.swiglu import swiglu
 from chiasm.kernels.quant.cpu import Runs, grouped_linear
 from chiasm.kernels.quant.formats import ExpertMatrices
 from chiasm.kernels.quant.hadamard import RotatedMatrices, rotate
@@ -46,9 +46,7 @@ def _results(
     hidden: torch.Tensor, gate_up: ExpertMatrices, down: ExpertMatrices, runs: Runs
 ) -> torch.Tensor:
     """[P, H] of the pairs of some experts, in hidden's dtype."""
-    gate, up = grouped_linear(gate_up, hidden, runs).chunk(2, dim=-1)
-    inner = F.silu(gate) * up  # [P, I]
-    del gate, up  # which take more than all that follows
+    inner = swiglu(grouped_linear(gate_up, hidden, runs))  # [P, I]
     straight = torch.arange(len(inner), dtype=torch.int32)
     return grouped_linear(down, inner, replace(runs, index=straight))
 

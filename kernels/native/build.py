@@ -28,6 +28,7 @@ SOURCES = (
     "dense.cpp",
     "linear.cpp",
     "pairs.cpp",
+    "swiglu.cpp",
     "tiles.cpp",
     "viterbi.cpp",
 )

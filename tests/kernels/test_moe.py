@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.kernels import native
 from chiasm.kernels.moe import ShardWeights, pairs, scratch, shard_partial
+from chiasm.kernels.moe.swiglu import swiglu
 from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.kernels.quant.hadamard import RotatedMatrices
 from chiasm.types import shard_experts
@@ -156,6 +157,21 @@ def test_combining_has_the_same_bits_with_and_without_a_compiler(
     plain = before.clone()
     pairs.combine(results, weight, slot, plain)
     assert torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+@pytest.mark.parametrize("width", [1, 16, 35, 1536])
+def test_swiglu_is_torchs_but_for_a_last_bit(rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows + width)
+    gate_up = 6 * torch.randn(rows, 2 * width, generator=generator)
+    special = torch.tensor([0.0, -0.0, 100.0, -100.0, 1e30, -1e30, 1e-30])
+    gate_up.view(-1)[:7] = special[: gate_up.numel()]
+    gate_up = gate_up.bfloat16()
+    gate, up = gate_up.chunk(2, dim=-1)
+    found, expected = swiglu(gate_up), F.silu(gate) * up
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
+    assert (found != expected).sum() <= 0.01 * expected.numel()
 
 
 @pytest.mark.parametrize(
