@@ -23,9 +23,8 @@ from chiasm import bundled
 from chiasm.client import Client, Sampling, Tokens
 from chiasm.local import LocalStack, StackConfig
 
-# The tests know how to read a checkpoint with transformers.
+# The tests know how to read a checkpoint with transformers, and how to import that.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from checkpoint.converters import reference_model
 from processes import memory_bytes
 
 CONTEXT = 131_072
@@ -59,6 +58,9 @@ def _compare(
     found = client.complete(Tokens(token_ids=ids), sampling=ONE_TOKEN, prompt_logits=True)
     if found.prompt_logits is None:
         raise RuntimeError("no logits came")
+    import conftest  # noqa: F401 # fits torchvision to torch
+    from checkpoint.converters import reference_model
+
     reference = reference_model(model)
     reference.set_attn_implementation("sdpa")  # eager would hold every pair's score at once
     with torch.inference_mode():
