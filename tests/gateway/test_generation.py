@@ -313,6 +313,24 @@ async def test_a_deadline_that_is_over_ends_the_call(
     assert not decoder.requests
 
 
+async def test_a_deadline_that_is_over_when_the_call_arrives(
+    stack: Stack, decoder: FakeDecoder
+) -> None:
+    """chiasm's client sends no such call; those of other languages may."""
+    from gateway.test_validation import chat, refusal, text
+
+    from chiasm.transport.channel import open_channel
+    from chiasm.v1 import inference_pb2_grpc
+
+    async with open_channel(stack.address, max_message_bytes=1 << 20) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        late = stub.Generate(chat(text("x")), metadata=(("grpc-timeout", "1n"),))
+        error = await asyncio.wait_for(refusal(late), 10)
+    assert isinstance(error, errors.DeadlineExceeded)
+    await asyncio.sleep(0.1)
+    assert not decoder.requests
+
+
 async def test_deadline_cancels_the_encoder(
     stack: Stack, decoder: FakeDecoder, encoder: FakeEncoder, client: AsyncClient
 ) -> None:
