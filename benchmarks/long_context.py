@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from chiasm import bundled
 from chiasm.client import Client, Sampling, Tokens
@@ -59,16 +58,9 @@ def _compare(
     if found.prompt_logits is None:
         raise RuntimeError("no logits came")
     import conftest  # noqa: F401 # fits torchvision to torch
-    from checkpoint.converters import reference_model
+    from checkpoint.converters import reference_last_logits
 
-    reference = reference_model(model)
-    reference.set_attn_implementation("sdpa")  # eager would hold every pair's score at once
-    with torch.inference_mode():
-        expected = reference(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, length, dtype=torch.long),
-            logits_to_keep=1,
-        ).logits[0, -1]
+    expected = reference_last_logits(model, ids)
     difference = float(np.abs(found.prompt_logits[-1] - expected.numpy()).max())
     is_same = found.token_ids == (int(expected.argmax()),)
     report(f"{length:7,} tokens: last logits differ by {difference:.1e}, same token: {is_same}")

@@ -143,19 +143,21 @@ def _server_killed(stack: Cluster) -> Iterator[Callable[[], object]]:
     stack.add(POOL)
 
 
-@contextmanager
-def _server_stuck(stack: Cluster) -> Iterator[Callable[[], object]]:
-    with ExitStack() as stopped:
-        yield lambda: stopped.enter_context(stack.stopped(stack.in_use(POOL)))
-    for name in stack.running(POOL):
-        stack.wait_ready(name)
+def _server_stuck(stack: Cluster) -> AbstractContextManager[Callable[[], object]]:
+    return _server_held(stack, stack.stopped)
 
 
-@contextmanager
-def _server_slow(stack: Cluster) -> Iterator[Callable[[], object]]:
+def _server_slow(stack: Cluster) -> AbstractContextManager[Callable[[], object]]:
     """It stands still for 100 ms of every 110."""
-    with ExitStack() as slow:
-        yield lambda: slow.enter_context(stack.stuttering(stack.in_use(POOL)))
+    return _server_held(stack, stack.stuttering)
+
+
+@contextmanager
+def _server_held(
+    stack: Cluster, hold: Callable[[str], AbstractContextManager[None]]
+) -> Iterator[Callable[[], object]]:
+    with ExitStack() as held:
+        yield lambda: held.enter_context(hold(stack.in_use(POOL)))
     for name in stack.running(POOL):
         stack.wait_ready(name)
 

@@ -121,7 +121,7 @@ def lists(runs: Sequence[tuple[int, int, int]]) -> Lists:
     return tuple((ctypes.c_int32 * len(runs))(*column) for column in zip(*runs, strict=True))
 
 
-@functools.lru_cache(maxsize=2 * MAX_TILED_ROWS)
+@functools.cache
 def _all_rows(num_rows: int) -> tuple[Lists, torch.Tensor]:
     """One run of all rows through the only matrix, and its index."""
     index = torch.arange(num_rows, dtype=torch.int32, device="cpu")

@@ -8,25 +8,6 @@
 
 namespace {
 
-// One group of a row: out = levels by the format's formula, float32.
-void decode_group(const Stack& s, int64_t row, int64_t group, int count, float* out) {
-  int32_t whole[GROUP];
-  const int64_t at = row * s.groups() + group;
-  levels(s, s.codes + row * s.row_bytes(), group * GROUP, count, whole);
-  if (s.format == INT8) {
-    const float scale = static_cast<const float*>(s.scale)[row];
-    for (int i = 0; i < count; ++i) out[i] = float(whole[i]) * scale;
-  } else if (s.format == INT4) {
-    const float scale = widen(static_cast<const uint16_t*>(s.scale)[at]);
-    const float zero = widen(static_cast<const uint16_t*>(s.aux)[at]);
-    for (int i = 0; i < count; ++i) out[i] = float(whole[i] - 8) * scale + zero;
-  } else {
-    const float scale = static_cast<const float*>(s.scale)[row];
-    const int32_t local = static_cast<const uint8_t*>(s.aux)[at];
-    for (int i = 0; i < count; ++i) out[i] = float(whole[i] * local) * scale;
-  }
-}
-
 void store(const float* values, int count, float* out) { std::copy(values, values + count, out); }
 
 void store(const float* values, int count, uint16_t* out) {
@@ -35,10 +16,12 @@ void store(const float* values, int count, uint16_t* out) {
 
 template <typename Out>
 void decode_row(const Stack& s, int64_t row, Out* out) {
+  const float scale = s.row_scale(row);
   float values[GROUP];
   for (int64_t group = 0; group < s.groups(); ++group) {
     const int count = int(std::min<int64_t>(GROUP, s.k - group * GROUP));
-    decode_group(s, row, group, count, values);
+    unscaled(s, row, group, count, values);
+    for (int i = 0; i < count; ++i) values[i] *= scale;
     store(values, count, out + group * GROUP);
   }
 }

@@ -25,6 +25,10 @@ struct Stack {
   int64_t row_bytes() const {
     return format == INT8 ? k : format == INT4 ? k / 2 : format == TCQ2 ? k / 4 : 2 * k;
   }
+  // That of all of a row's weights; 1 in formats that have none.
+  float row_scale(int64_t row) const {
+    return format == INT8 || format == TCQ2 ? static_cast<const float*>(scale)[row] : 1;
+  }
 };
 
 // Threads for work of so many multiplications: to wake one takes as long as many of them.
@@ -65,4 +69,20 @@ inline void levels(const Stack& s, const uint8_t* row, int64_t first, int count,
       for (int j = 0; j < 4; ++j) out[4 * i + j] = s.table[(window >> (6 - 2 * j)) & 255];
     }
   }
+}
+
+// The weights of one group of a row but for the row's scale, each rounded once.
+inline void unscaled(const Stack& s, int64_t row, int64_t group, int count, float* out) {
+  const int64_t at = row * s.groups() + group;
+  int32_t whole[GROUP];
+  levels(s, s.codes + row * s.row_bytes(), group * GROUP, count, whole);
+  float scale = 1, zero = 0;
+  if (s.format == INT4) {
+    scale = widen(static_cast<const uint16_t*>(s.scale)[at]);
+    zero = widen(static_cast<const uint16_t*>(s.aux)[at]);
+  } else if (s.format == TCQ2) {
+    scale = static_cast<const uint8_t*>(s.aux)[at];
+  }
+  const int offset = s.format == INT4 ? 8 : 0;
+  for (int i = 0; i < count; ++i) out[i] = float(whole[i] - offset) * scale + zero;
 }

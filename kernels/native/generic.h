@@ -12,21 +12,6 @@ struct Laid {
   }
 };
 
-// A group's weights but for the row's scale.
-void widen_group(const Stack& s, int64_t row, int64_t group, int count, float* out) {
-  const int64_t at = row * s.groups() + group;
-  int32_t whole[GROUP];
-  levels(s, s.codes + row * s.row_bytes(), group * GROUP, count, whole);
-  float scale = 1, zero = 0;
-  if (s.format == INT4) {
-    scale = widen(static_cast<const uint16_t*>(s.scale)[at]);
-    zero = widen(static_cast<const uint16_t*>(s.aux)[at]) - 8 * scale;
-  } else if (s.format == TCQ2) {
-    scale = static_cast<const uint8_t*>(s.aux)[at];
-  }
-  for (int i = 0; i < count; ++i) out[i] = float(whole[i]) * scale + zero;
-}
-
 template <int F, class Row>
 void multiply(const Stack& s, const Laid<F>& x, const Row*, const Part& part) {
   std::unique_ptr<float[]> totals(new float[part.rows]);
@@ -36,7 +21,7 @@ void multiply(const Stack& s, const Laid<F>& x, const Row*, const Part& part) {
     for (int64_t g = 0; g < s.groups(); ++g) {
       const int count = int(std::min<int64_t>(GROUP, s.k - g * GROUP));
       float value[GROUP];
-      widen_group(s, row, g, count, value);
+      unscaled(s, row, g, count, value);
       for (int64_t m = 0; m < part.rows; ++m) {
         const float* xs = x.values.get() + part.index[m] * x.k + g * GROUP;
         float sum = 0;
@@ -45,7 +30,7 @@ void multiply(const Stack& s, const Laid<F>& x, const Row*, const Part& part) {
         totals[m] += sum;
       }
     }
-    const float scale = s.format == INT4 ? 1 : static_cast<const float*>(s.scale)[row];
+    const float scale = s.row_scale(row);
     for (int64_t m = 0; m < part.rows; ++m) part.out[m * s.n + j] = narrow(totals[m] * scale);
   }
 }

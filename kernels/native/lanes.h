@@ -76,14 +76,31 @@ inline void store16(__m512 low, __m512 high, uint16_t* out) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), half[1]);
 }
 
-// 64 whole numbers as int8, scaled by `value`, to out.
-template <typename Out, typename Value>
-inline void store64(__m512i whole, Value value, Out* out) {
+// The 64 whole numbers of a row from weight k on, a multiple of 64, as int8.
+template <int F>
+inline __m512i levels64(const uint8_t* row, int64_t k, const Table* table) {
+  if (F == INT8) return _mm512_loadu_si512(row + k);
+  if (F == INT4) {
+    const __m512i byte = _mm512_cvtepu8_epi16(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k / 2)));
+    const __m512i nibbles = _mm512_and_si512(
+        _mm512_or_si512(byte, _mm512_slli_epi16(byte, 4)), _mm512_set1_epi8(15));
+    return _mm512_sub_epi8(nibbles, _mm512_set1_epi8(8));
+  }
+  const uint8_t* at = row + k / 4;
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+  const __m128i before = _mm_maskz_loadu_epi8(k ? 0xFFFF : 0xFFFE, at - 1);
+  return (*table)(states_in_order(bytes, before));
+}
+
+// 64 whole numbers, each turned to its weight by `value`, to out: `store` takes 32 at a time.
+template <typename Out, typename Value, typename Store>
+inline void store64(__m512i whole, Value value, Store store, Out* out) {
   const __m128i part[4] = {
       _mm512_castsi512_si128(whole), _mm512_extracti32x4_epi32(whole, 1),
       _mm512_extracti32x4_epi32(whole, 2), _mm512_extracti32x4_epi32(whole, 3)};
   for (int i = 0; i < 4; i += 2)
-    store16(
+    store(
         value(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i]))),
         value(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i + 1]))), out + 16 * i);
 }
@@ -94,35 +111,29 @@ inline bool decode_row_lanes(const Stack& s, int64_t row, Out* out) {
   if (s.k % GROUP) return false;
   const uint8_t* codes = s.codes + row * s.row_bytes();
   const int64_t groups = s.groups();
+  const auto store = [](__m512 low, __m512 high, Out* to) { store16(low, high, to); };
+  const __m512 scale = _mm512_set1_ps(s.row_scale(row));
   if (s.format == INT8) {
-    const __m512 scale = _mm512_set1_ps(static_cast<const float*>(s.scale)[row]);
     const auto value = [&](__m512 v) { return _mm512_mul_ps(v, scale); };
-    for (int64_t k = 0; k < s.k; k += 64) store64(_mm512_loadu_si512(codes + k), value, out + k);
+    for (int64_t k = 0; k < s.k; k += 64)
+      store64(levels64<INT8>(codes, k, nullptr), value, store, out + k);
   } else if (s.format == INT4) {
     const auto* scales = static_cast<const uint16_t*>(s.scale) + row * groups;
     const auto* zeros = static_cast<const uint16_t*>(s.aux) + row * groups;
     for (int64_t k = 0; k < s.k; k += 64) {
-      const __m512 scale = _mm512_set1_ps(widen(scales[k / GROUP]));
+      const __m512 own = _mm512_set1_ps(widen(scales[k / GROUP]));
       const __m512 zero = _mm512_set1_ps(widen(zeros[k / GROUP]));
-      const __m512i byte = _mm512_cvtepu8_epi16(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + k / 2)));
-      const __m512i nibbles = _mm512_and_si512(
-          _mm512_or_si512(byte, _mm512_slli_epi16(byte, 4)), _mm512_set1_epi8(15));
-      const __m512i whole = _mm512_sub_epi8(nibbles, _mm512_set1_epi8(8));
-      store64(whole, [&](__m512 v) { return _mm512_fmadd_ps(v, scale, zero); }, out + k);
+      const auto value = [&](__m512 v) { return _mm512_fmadd_ps(v, own, zero); };
+      store64(levels64<INT4>(codes, k, nullptr), value, store, out + k);
     }
   } else {
     const Table table(s.table, 0);
     const auto* locals = static_cast<const uint8_t*>(s.aux) + row * groups;
-    const __m512 scale = _mm512_set1_ps(static_cast<const float*>(s.scale)[row]);
     for (int64_t k = 0; k < s.k; k += 64) {
-      const uint8_t* at = codes + k / 4;
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-      const __m128i before = _mm_maskz_loadu_epi8(k ? 0xFFFF : 0xFFFE, at - 1);
       const __m512 local = _mm512_set1_ps(float(locals[k / GROUP]));
       // Level times local is exact, so there is one rounding, as specified.
       const auto value = [&](__m512 v) { return _mm512_mul_ps(_mm512_mul_ps(v, local), scale); };
-      store64(table(states_in_order(bytes, before)), value, out + k);
+      store64(levels64<TCQ2>(codes, k, &table), value, store, out + k);
     }
   }
   return true;

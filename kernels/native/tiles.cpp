@@ -58,8 +58,6 @@ struct Aligned {
   }
 };
 
-inline __m512i load(const void* at) { return _mm512_loadu_si512(at); }
-
 // 16 rows of 16 dwords, seen as columns.
 void transpose(__m512i row[SIDE]) {
   __m512i pair[SIDE], four[SIDE];
@@ -98,22 +96,6 @@ void lay(const uint16_t* x, int64_t k, const int32_t* index, int64_t count, uint
   }
 }
 
-inline void store32(__m512 low, __m512 high, uint16_t* out) {
-  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-// 64 whole numbers as int8 to bfloat16.
-template <typename Value>
-inline void store_levels(__m512i whole, Value value, uint16_t* out) {
-  const __m128i part[4] = {
-      _mm512_castsi512_si128(whole), _mm512_extracti32x4_epi32(whole, 1),
-      _mm512_extracti32x4_epi32(whole, 2), _mm512_extracti32x4_epi32(whole, 3)};
-  for (int i = 0; i < 4; i += 2)
-    store32(
-        value(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i]))),
-        value(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[i + 1]))), out + 16 * i);
-}
-
 struct Widener {
   const Stack& s;
   std::unique_ptr<Table> table;
@@ -122,12 +104,7 @@ struct Widener {
     if (s.format == TCQ2) table.reset(new Table(s.table, 0));
   }
 
-  // What a row's sums are still to be multiplied with.
-  float scale(int64_t row) const {
-    return s.format == INT8 || s.format == TCQ2 ? static_cast<const float*>(s.scale)[row] : 1;
-  }
-
-  // A row but for `scale`, and zeros up to `width`.
+  // A row but for its scale, by which its sums are multiplied, and zeros up to `width`.
   void operator()(int64_t row, int64_t width, uint16_t* out) const {
     std::memset(out + s.k, 0, (width - s.k) * 2);
     const uint8_t* codes = s.codes + row * s.row_bytes();
@@ -136,58 +113,42 @@ struct Widener {
       return;
     }
     for (int64_t group = 0; group < s.groups(); ++group) {
-      const int64_t first = group * GROUP;
-      if (s.k - first >= GROUP)
-        whole_group(codes, row, group, out + first);
+      uint16_t* to = out + group * GROUP;
+      if (s.k - group * GROUP >= GROUP)
+        whole_group(codes, row, group, to);
       else
-        part_group(codes, row, group, int(s.k - first), out + first);
+        part_group(row, group, int(s.k - group * GROUP), to);
     }
   }
 
   void whole_group(const uint8_t* codes, int64_t row, int64_t group, uint16_t* out) const {
     const int64_t at = row * s.groups() + group, first = group * GROUP;
-    const auto as_it_is = [](__m512 v) { return v; };
     if (s.format == INT8) {
-      for (int i = 0; i < GROUP; i += 64) store_levels(load(codes + first + i), as_it_is, out + i);
+      widen_group<INT8>(codes, first, [](__m512 v) { return v; }, out);
     } else if (s.format == INT4) {
       const __m512 scale = _mm512_set1_ps(widen(static_cast<const uint16_t*>(s.scale)[at]));
       const __m512 zero = _mm512_set1_ps(widen(static_cast<const uint16_t*>(s.aux)[at]));
       const auto value = [&](__m512 v) { return _mm512_fmadd_ps(v, scale, zero); };
-      for (int i = 0; i < GROUP; i += 64)
-        store_levels(nibbles(codes + (first + i) / 2), value, out + i);
+      widen_group<INT4>(codes, first, value, out);
     } else {
       const __m512 local = _mm512_set1_ps(float(static_cast<const uint8_t*>(s.aux)[at]));
-      const auto value = [&](__m512 v) { return _mm512_mul_ps(v, local); };
-      for (int i = 0; i < GROUP; i += 64) {
-        const uint8_t* from = codes + (first + i) / 4;
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        const __m128i before = _mm_maskz_loadu_epi8(first + i ? 0xFFFF : 0xFFFE, from - 1);
-        store_levels((*table)(states_in_order(bytes, before)), value, out + i);
-      }
+      widen_group<TCQ2>(codes, first, [&](__m512 v) { return _mm512_mul_ps(v, local); }, out);
     }
   }
 
-  static __m512i nibbles(const uint8_t* codes) {
-    const __m512i byte = _mm512_cvtepu8_epi16(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    const __m512i both = _mm512_or_si512(byte, _mm512_slli_epi16(byte, 4));
-    return _mm512_sub_epi8(_mm512_and_si512(both, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+  template <int F, typename Value>
+  void widen_group(const uint8_t* codes, int64_t first, Value value, uint16_t* out) const {
+    const auto store = [](__m512 low, __m512 high, uint16_t* to) {
+      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    };
+    for (int i = 0; i < GROUP; i += 64)
+      store64(levels64<F>(codes, first + i, table.get()), value, store, out + i);
   }
 
-  void part_group(
-      const uint8_t* codes, int64_t row, int64_t group, int count, uint16_t* out) const {
-    const int64_t at = row * s.groups() + group;
-    int32_t whole[GROUP];
-    levels(s, codes, group * GROUP, count, whole);
-    float scale = 1, zero = 0;
-    if (s.format == INT4) {
-      scale = widen(static_cast<const uint16_t*>(s.scale)[at]);
-      zero = widen(static_cast<const uint16_t*>(s.aux)[at]);
-    } else if (s.format == TCQ2) {
-      scale = static_cast<const uint8_t*>(s.aux)[at];
-    }
-    const int offset = s.format == INT4 ? 8 : 0;
-    for (int i = 0; i < count; ++i) out[i] = narrow(float(whole[i] - offset) * scale + zero);
+  void part_group(int64_t row, int64_t group, int count, uint16_t* out) const {
+    float values[GROUP];
+    unscaled(s, row, group, count, values);
+    for (int i = 0; i < count; ++i) out[i] = narrow(values[i]);
   }
 };
 
@@ -245,7 +206,7 @@ void multiply(const Widener& widener, const Part& part, int64_t steps, uint16_t*
   alignas(64) float sums[BLOCK * SIDE], scale[CHUNK] = {};
   if (!is_direct)
     for (int64_t j = 0; j < height; ++j) widener(first + j, steps * DEPTH, buffer + j * stride / 2);
-  for (int64_t j = 0; j < height; ++j) scale[j] = widener.scale(first + j);
+  for (int64_t j = 0; j < height; ++j) scale[j] = s.row_scale(first + j);
   for (int64_t m = 0; m < part.count; m += SIDE) {
     const uint16_t* x = part.x + m * steps * DEPTH;
     for (int64_t j = 0; j < height; j += BLOCK) {
@@ -301,10 +262,7 @@ void chiasm_tiles(
   }
 }
 
-int chiasm_has_tiles() {
-  static const bool is_once_permitted = is_permitted();
-  return is_once_permitted;
-}
+int chiasm_has_tiles() { return is_permitted(); }
 #else
 int chiasm_has_tiles() { return 0; }
 #endif

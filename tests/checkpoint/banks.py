@@ -35,6 +35,18 @@ def matrices(found: ExpertBank, layer: int) -> list[Any]:
     return [weights.gate_up, weights.down]
 
 
+LARGE = replace(
+    PRESETS["tiny"],
+    hidden_size=512,
+    num_heads=16,
+    num_kv_heads=4,
+    text_intermediate=1024,
+    vision_intermediate=512,
+    shard_bytes=64 << 20,
+)
+"""Dimensions of a model beside which a process is small: about 250 MB in bfloat16."""
+
+
 def wide(num_layers: int = 2) -> Dimensions:
     """Dimensions that every format and the rotation take."""
     return replace(

@@ -155,3 +155,16 @@ def _nested(directory: Path, flat: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": flat["tie_word_embeddings"],
         **{key: added[spelling] for key, spelling in _TOKENS.items()},
     }
+
+
+def reference_last_logits(directory: Path, token_ids: list[int]) -> torch.Tensor:
+    """transformers' logits [V] after a long text prompt."""
+    reference = reference_model(directory)
+    reference.set_attn_implementation("sdpa")  # eager would hold every pair's score at once
+    with torch.inference_mode():
+        logits: torch.Tensor = reference(
+            input_ids=torch.tensor([token_ids]),
+            attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
+            logits_to_keep=1,
+        ).logits
+    return logits[0, -1]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoint.banks import LARGE
 
-from chiasm.model.synth import PRESETS, synthesize
+from chiasm.model.synth import synthesize
 
 MAX_GROWTH_BYTES = 64 << 20
 """A few matrices in float32, what encoding them takes, and torch's first use of its threads."""
@@ -39,15 +39,7 @@ print(max(held) - held[0], len(held))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    large = dataclasses.replace(
-        PRESETS["tiny"],
-        hidden_size=512,
-        num_heads=16,
-        num_kv_heads=4,
-        text_intermediate=1024,
-        vision_intermediate=512,
-    )
-    synthesize(tmp_path / "model", preset=large)
+    synthesize(tmp_path / "model", preset=LARGE)
     size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
     assert size > 3 * MAX_GROWTH_BYTES
     program = CONVERT.format(tests=str(Path(__file__).parents[1]))

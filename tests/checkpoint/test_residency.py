@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoint.banks import LARGE
 
-from chiasm.model.synth import PRESETS, synthesize
+from chiasm.model.synth import synthesize
 
 SLACK_BYTES = 16 << 20
 """For the interpreter, the allocator and pages that the kernel maps around a touched one."""
@@ -53,16 +53,7 @@ print(json.dumps({
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_one_shard_of_a_large_checkpoint(tmp_path: Path) -> None:
-    wide = dataclasses.replace(
-        PRESETS["tiny"],
-        hidden_size=512,
-        num_heads=16,
-        num_kv_heads=4,
-        text_intermediate=1024,
-        vision_intermediate=512,
-        shard_bytes=64 << 20,
-    )
-    synthesize(tmp_path / "wide", preset=wide)
+    synthesize(tmp_path / "wide", preset=LARGE)
     experts_on_disk = 3 * 16 * 3 * 512 * (1024 + 512) * 2
     shard = 3 * 2 * 3 * 512 * 1024 * 2
     assert sum(f.stat().st_size for f in (tmp_path / "wide").iterdir()) > experts_on_disk

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from checkpoint.converters import reference_model
+from checkpoint.converters import reference_last_logits
 from processes import memory_bytes
 
 from chiasm import errors
@@ -70,15 +69,8 @@ def prompt(num_tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("num_tokens", [8_192, 32_768])
 def test_last_logits_are_the_references(client: Client, directory: Path, num_tokens: int) -> None:
-    reference = reference_model(directory)
-    reference.set_attn_implementation("sdpa")  # eager would hold every pair's score at once
     ids = prompt(num_tokens)
-    with torch.no_grad():
-        expected = reference(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, num_tokens, dtype=torch.long),
-            logits_to_keep=1,
-        ).logits[0, -1]
+    expected = reference_last_logits(directory, ids)
     found = client.complete(Tokens(token_ids=ids), sampling=ONE_TOKEN, prompt_logits=True)
     assert found.prompt_logits is not None
     assert np.abs(found.prompt_logits[-1] - expected.numpy()).max() <= LOGITS_TOLERANCE
