@@ -229,6 +229,10 @@ def _measure_cuts(model: Path, *, hedging: bool) -> list[float]:
 @contextmanager
 def _cut(stack: Cluster, network: Network, far: str) -> Iterator[Callable[[], object]]:
     near = stack.add(POOL)
+    while stack.running(POOL)[0] != far:  # the first of equals is asked; their order is by chance
+        stack.kill(near)
+        stack.wait_gone(near)
+        near = stack.add(POOL)
 
     def cut() -> None:
         if stack.in_use(POOL) != far:
