@@ -93,7 +93,16 @@ _BUNDLED = Preset(
         Stage(
             name="longer",
             trains=_TEXT_ONLY,
-            mix={"retold": 2, "lookup": 2, "alike": 2, "told": 3, "sums": 5, "copy": 3},
+            # Half of the tokens are recalls, of up to 800 tokens; the others have tens.
+            mix={
+                "retold": 2,
+                "lookup": 2,
+                "alike": 2,
+                "told": 3,
+                "sums": 5,
+                "copy": 2,
+                "recall": 1.5,
+            },
             batch_tokens=2048,
             schedule=Schedule(steps=500, warmup=30, peak=1.5e-3, floor=3e-4),
         ),
@@ -102,7 +111,7 @@ _BUNDLED = Preset(
             trains=_SIGHT,
             mix=SEE,
             batch_tokens=2048,
-            schedule=Schedule(steps=3600, warmup=100, peak=2e-3, floor=4e-5),
+            schedule=Schedule(steps=3300, warmup=100, peak=2e-3, floor=4e-5),
             sight_alone=True,
         ),
         Stage(
@@ -110,7 +119,7 @@ _BUNDLED = Preset(
             trains=_EVERYTHING,
             mix=MIX,
             batch_tokens=1024,
-            schedule=Schedule(steps=7200, warmup=100, peak=6e-4, floor=1e-5),
+            schedule=Schedule(steps=6800, warmup=100, peak=6e-4, floor=1e-5),
             # Letters have most of the labels: from the start they would drown what text and vision
             # experts have to learn before.
             lessons=(
@@ -123,14 +132,14 @@ _BUNDLED = Preset(
             trains=_TEXT_ONLY,  # what sees has nothing to learn here, and digits and words to lose
             mix=RECKON,
             batch_tokens=1024,
-            schedule=Schedule(steps=1200, warmup=50, peak=2.5e-4, floor=1e-5),
+            schedule=Schedule(steps=800, warmup=50, peak=2.5e-4, floor=1e-5),
         ),
         Stage(
             name="words",
             trains=_EVERYTHING,
             mix=READ,
             batch_tokens=1024,
-            schedule=Schedule(steps=700, warmup=50, peak=1.5e-4, floor=5e-6),
+            schedule=Schedule(steps=1000, warmup=50, peak=1.5e-4, floor=5e-6),
         ),
     ),
     # Chosen by short runs on a few tasks: at 2e-3 the ViT learns nothing for thousands of steps,
@@ -162,6 +171,9 @@ _SMOKE = Preset(
         replace(
             stage,
             batch_tokens=256,
+            mix={
+                task: weight for task, weight in stage.mix.items() if task != "recall"
+            },  # too long
             lessons=(),
             schedule=Schedule(steps=steps, warmup=4, peak=5e-3, floor=1e-3),
         )

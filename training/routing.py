@@ -1,9 +1,10 @@
 """Routed experts for training: all banks of the model in one process, differentiable.
 
-The tokens of a dispatch are sorted by expert and cut into blocks of equal size, so that one batched
-product does a whole bank's work, however unevenly it is loaded: no token is dropped, and an expert
-wastes less than one block. The products may be in bfloat16; parameters, their gradients and the
-weighted sum are float32.
+The tokens of a dispatch are sorted by expert and laid out in blocks of equal size, one for each
+expert and more for those that have the most, so that one batched product does a whole bank's work,
+however unevenly it is loaded: no token is dropped. Sizes and numbers of blocks are rounded up,
+because a product of a new shape costs more than one that is a little larger (training.precision).
+The products may be in bfloat16; parameters and their gradients are float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from chiasm.model.config import TextConfig
 from chiasm.model.moe import Dispatch, Partial
 from chiasm.types import TOKEN_TEXT, Modality
 
-BLOCK_ROWS = 48
+_ROWS = 16
+"""Blocks have a multiple of so many rows."""
+_MORE_BLOCKS = 8
+"""Where experts need several, the number of further blocks is a multiple of this."""
+_UNEVEN = 2
+"""Rows of a block over the mean of an expert's tokens, at most."""
 Usage = dict[tuple[Modality, int], torch.Tensor]
 """Choices per expert, int64 [E], by modality and layer."""
 
@@ -40,33 +46,38 @@ class RoutingRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """Where each choice of each token stands among B blocks of C rows.
+    """Where each choice of each token stands among B >= E blocks of C rows.
 
-    owner: int64 [B], the block's expert. token: int64 [B * C], the row's token; T in padding.
-    place: int64 [T, K], the row of each choice.
+    rows: C. owner: int64 [B], the block's expert; the first E are 0..E-1. token: int64 [B * C], the
+    row's token; T in padding. place: int64 [T, K], the row of each choice.
     """
 
+    rows: int
     owner: torch.Tensor
     token: torch.Tensor
     place: torch.Tensor
+    num_experts: int
 
     @classmethod
-    def lay_out(cls, expert_ids: torch.Tensor, num_experts: int, rows: int = BLOCK_ROWS) -> Blocks:
-        """expert_ids int64 [T, K] -> the blocks, by ascending expert and token."""
+    def lay_out(cls, expert_ids: torch.Tensor, num_experts: int) -> Blocks:
+        """expert_ids int64 [T, K] -> the blocks; an expert's tokens ascend."""
         num_tokens, top_k = expert_ids.shape
         flat = expert_ids.flatten()
         order = torch.argsort(flat, stable=True)  # [T * K]
         counts = torch.bincount(flat, minlength=num_experts)
-        blocks = (counts + rows - 1) // rows
-        # How far an expert's rows move when every expert before it is filled up to whole blocks.
-        shift = (blocks.cumsum(0) - blocks) * rows - (counts.cumsum(0) - counts)
-        row = torch.arange(len(flat)) + shift[flat[order]]
-        token = torch.full((int(blocks.sum()) * rows,), num_tokens)
+        even = _ceil_div(max(len(flat), 1), num_experts)
+        rows = _round_up(min(max(int(counts.max()), 1), _UNEVEN * even), _ROWS)
+        owner, first = _deal(_ceil_div(counts, rows).clamp(min=1), num_experts)
+        expert = flat[order]
+        rank = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[expert]  # within its expert
+        further = (first[expert] + rank // rows - 1) * rows
+        row = torch.where(rank < rows, expert * rows, further) + rank % rows
+        token = torch.full((len(owner) * rows,), num_tokens)
         token[row] = order // top_k
         place = torch.empty_like(order)
         place[order] = row
-        owner = torch.repeat_interleave(torch.arange(num_experts), blocks)
-        return cls(owner=owner, token=token, place=place.view(num_tokens, top_k))
+        place = place.view(num_tokens, top_k)
+        return cls(rows=rows, owner=owner, token=token, place=place, num_experts=num_experts)
 
     def spread(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [T, H] -> [B, C, H], zero in padding."""
@@ -75,9 +86,37 @@ class Blocks:
 
     def gather(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """rows [B, C, H] -> float32 [T, H], each token's (weighted) sum over its choices."""
-        return F.embedding_bag(
-            self.place, rows.flatten(0, 1).float(), mode="sum", per_sample_weights=weights
-        )
+        weights = None if weights is None else weights.to(rows.dtype)
+        flat = rows.flatten(0, 1)
+        return F.embedding_bag(self.place, flat, mode="sum", per_sample_weights=weights).float()
+
+    def matrices(self, experts: torch.Tensor) -> torch.Tensor:
+        """[E, ...] -> [B, ...], those of the blocks' owners."""
+        is_one_each = len(self.owner) == self.num_experts
+        return experts.contiguous() if is_one_each else experts.index_select(0, self.owner)
+
+    def per_expert(self, by_block: torch.Tensor) -> torch.Tensor:
+        """Adds the blocks of each expert: [B, ...] -> float32 [E, ...]."""
+        first, more = by_block.float().tensor_split([self.num_experts])
+        return first.index_add_(0, self.owner[self.num_experts :], more) if len(more) else first
+
+
+def _deal(blocks: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """blocks int64 [E], how many each expert needs -> their owners, int64 [B], and where each
+    expert's second block stands among them."""
+    more, experts = blocks - 1, torch.arange(num_experts)
+    first = num_experts + more.cumsum(0) - more
+    owner = torch.cat((experts, experts.repeat_interleave(more)))
+    spare = num_experts + _round_up(len(owner) - num_experts, _MORE_BLOCKS) - len(owner)
+    return torch.cat((owner, owner.new_zeros(spare))), first
+
+
+def _ceil_div(a: Any, b: int) -> Any:
+    return -(-a // b)
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def grouped_swiglu(
@@ -101,7 +140,8 @@ def grouped_swiglu(
 
 class _GroupedSwiGLU(torch.autograd.Function):
     """Written by hand because the gradient of autograd's version would scatter every choice of
-    every token, where whole blocks can be moved.
+    every token, where whole blocks can be moved. Gate and up are products of their own: halves of
+    one would not be contiguous, and what follows several times slower.
     """
 
     @staticmethod
@@ -115,40 +155,35 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         x = blocks.spread(hidden.to(dtype))
-        block_gate_up = gate_up.to(dtype).index_select(0, blocks.owner)
-        block_down = down.to(dtype).index_select(0, blocks.owner)
-        both = torch.bmm(x, block_gate_up.transpose(1, 2))  # [B, C, 2I]
-        gate, up = both.chunk(2, dim=-1)
-        inner = F.silu(gate) * up
-        y = torch.bmm(inner, block_down.transpose(1, 2))  # [B, C, H]
-        ctx.save_for_backward(x, both, inner, y, block_gate_up, block_down, weights)
-        ctx.blocks, ctx.dtype, ctx.num_experts = blocks, dtype, len(gate_up)
+        to_gate, to_up = (blocks.matrices(w) for w in gate_up.to(dtype).chunk(2, dim=1))
+        to_out = blocks.matrices(down.to(dtype))
+        gate, up = torch.bmm(x, to_gate.mT), torch.bmm(x, to_up.mT)  # [B, C, I]
+        active = F.silu(gate)
+        inner = active * up
+        y = torch.bmm(inner, to_out.mT)  # [B, C, H]
+        ctx.save_for_backward(x, gate, up, active, inner, to_gate, to_up, to_out, weights)
+        ctx.blocks = blocks
         return blocks.gather(y, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, both, inner, y, block_gate_up, block_down, weights = ctx.saved_tensors
+        x, gate, up, active, inner, to_gate, to_up, to_out, weights = ctx.saved_tensors
         blocks: Blocks = ctx.blocks
-        spread = blocks.spread(grads[0].to(ctx.dtype))  # [B, C, H]
-        d_weights = (y * spread).sum(-1).float().flatten()[blocks.place]
+        d_y = blocks.spread(grads[0].to(x.dtype))  # of unweighted outputs, as is what follows
+        d_inner = torch.bmm(d_y, to_out)
+        d_weights = (d_inner * inner).sum(-1).float().flatten()[blocks.place]
         scale = weights.new_zeros(len(blocks.token))
         scale[blocks.place.flatten()] = weights.flatten()
-        d_y = spread * scale.view(len(blocks.owner), -1, 1).to(ctx.dtype)
-        d_inner = torch.bmm(d_y, block_down)
-        gate, up = both.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        d_gate = d_inner * up * sigmoid * (1 + gate * (1 - sigmoid))
-        d_both = torch.cat((d_gate, d_inner * sigmoid * gate), dim=-1)
-        d_hidden = blocks.gather(torch.bmm(d_both, block_gate_up)).to(grads[0].dtype)
-        d_gate_up = _per_expert(torch.bmm(d_both.transpose(1, 2), x), ctx)
-        d_down = _per_expert(torch.bmm(d_y.transpose(1, 2), inner), ctx)
-        return d_hidden, d_weights, d_gate_up, d_down, None, None
-
-
-def _per_expert(by_block: torch.Tensor, ctx: Any) -> torch.Tensor:
-    """Adds the blocks of each expert: [B, ...] -> float32 [E, ...]."""
-    total = by_block.new_zeros((ctx.num_experts, *by_block.shape[1:]), dtype=torch.float32)
-    return total.index_add_(0, ctx.blocks.owner, by_block.float())
+        scale = scale.view(len(blocks.owner), -1, 1).to(x.dtype)
+        d_down = blocks.per_expert(torch.bmm(d_y.mT, inner * scale))
+        d_inner = d_inner * scale
+        d_up = d_inner * active
+        d_gate = torch.ops.aten.silu_backward(d_inner * up, gate)
+        d_x = torch.bmm(d_gate, to_gate).baddbmm_(d_up, to_up)
+        d_gate_up = torch.cat(
+            [blocks.per_expert(torch.bmm(d.mT, x)) for d in (d_gate, d_up)], dim=1
+        )
+        return blocks.gather(d_x).to(grads[0].dtype), d_weights, d_gate_up, d_down, None, None
 
 
 class ExpertWeights(nn.Module):

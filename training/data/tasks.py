@@ -37,6 +37,7 @@ MIX: Mapping[str, float] = MappingProxyType(
         "sums": 9,
         "lookup": 3,
         "copy": 3,
+        "recall": 0.7,
         "inventory": 3,
         "colours": 3,
         "places": 3,
@@ -81,6 +82,7 @@ LOOK: Mapping[str, float] = MappingProxyType(
         "retold": 2,
         "told": 2,
         "copy": 1,
+        "recall": 0.2,
     }
 )
 """One thing at a time: how a picture is looked at."""
@@ -109,6 +111,7 @@ ARRANGE: Mapping[str, float] = MappingProxyType(
         "retold": 3,
         "told": 4,
         "copy": 1,
+        "recall": 0.2,
     }
 )
 """Several things, and how they lie to one another."""

@@ -1,11 +1,12 @@
 # ruff: noqa: RUF001 - Chinese has its own punctuation
-"""Tasks of text alone: small sums, looking up what was just said, saying a code again later.
+"""Tasks of text alone: sums, looking up what was just said, saying a code again, soon or late.
 
 Held out are sums (two numbers and what is done with them), sets of facts, and codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -14,6 +15,8 @@ from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 _MAX_SENTENCES = 4
+_MANY_SENTENCES = (8, 48)
+"""Between a code and the question for it, at least and at most, where it is far away."""
 _SMALL = 0.3
 """Of the sums, how many begin with a number below 20 for sure."""
 
@@ -135,8 +138,19 @@ def _draft_lookup(rng: Random) -> Draft:
 
 
 def _draft_copy(rng: Random) -> Draft:
-    code = "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(3, 4)))
-    filler = rng.sample(_FILLER, rng.randint(0, _MAX_SENTENCES))
+    return _draft_code(_any_code(rng), rng.sample(_FILLER, rng.randint(0, _MAX_SENTENCES)))
+
+
+def _draft_recall(rng: Random) -> Draft:
+    """Hundreds of tokens later."""
+    return _draft_code(_any_code(rng), rng.choices(_FILLER, k=rng.randint(*_MANY_SENTENCES)))
+
+
+def _any_code(rng: Random) -> str:
+    return "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(3, 4)))
+
+
+def _draft_code(code: str, filler: Sequence[Bilingual]) -> Draft:
     between = Bilingual(
         "".join(f"{sentence.en} " for sentence in filler),
         "".join(sentence.zh for sentence in filler),
@@ -153,4 +167,5 @@ TASKS = (
     Task(name="sums", threshold=0.98, draft=_draft_sum),
     Task(name="lookup", threshold=0.98, draft=_draft_lookup),
     Task(name="copy", threshold=0.98, draft=_draft_copy),
+    Task(name="recall", threshold=0.98, draft=_draft_recall),
 )
