@@ -3,6 +3,7 @@
     reference.py  plain torch; the specification of the others
     scratch.py    how many experts are computed together
     cpu.py        the same on a CPU, low-precision matrices read as they are stored
+    few.py        of few rows, in one call
     operands.py   matrices of any format as the kernels take them
     permute.py    sorts the pairs of a dispatch by expert
     transform.py  decodes matrices and rotates rows before a product

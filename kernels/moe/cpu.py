@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from chiasm.kernels.moe.few import add_experts
 from chiasm.kernels.moe.pairs import combine, pairs_of
 from chiasm.kernels.moe.reference import ShardWeights
 from chiasm.kernels.moe.scratch import groups
@@ -36,8 +37,9 @@ def shard_partial(
     for experts in groups(pairs.counts, pair_bytes=_pair_bytes(weights.down, hidden.dtype)):
         runs = _runs(experts, pairs.counts, pairs.token[begin:])
         part = slice(begin, begin + len(runs.index))
-        results = _results(hidden, gate_up, weights.down, runs)
-        combine(results, pairs.weight[part], pairs.slot[part], values)
+        to = (pairs.weight[part], pairs.slot[part], values)
+        if not add_experts(hidden, gate_up, weights.down, runs, *to):
+            combine(_results(hidden, gate_up, weights.down, runs), *to)
         begin = part.stop
     return pairs.rows, values
 

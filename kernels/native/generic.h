@@ -1,6 +1,10 @@
 // The products of linear.cpp without AVX-512: levels are widened, and the compiler makes the best of
 // it. Included there.
 
+struct Table {
+  Table(const int8_t*, uint8_t) {}
+};
+
 template <int F>
 struct Laid {
   std::unique_ptr<float[]> values;
@@ -35,7 +39,6 @@ void multiply(const Stack& s, const Laid<F>& x, const Row*, const Part& part) {
   }
 }
 
-struct Table;
 using Int8Row = Table;
 using Int4Row = Table;
 using Tcq2Row = Table;

@@ -73,8 +73,8 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
     if isinstance(matrices, RotatedMatrices):
         return grouped_linear(matrices.inner, rotate(x), runs)
     out = x.new_empty(runs.index.numel(), matrices.shape[0])
-    stack = _stack(matrices) if x.device.type == "cpu" and x.dtype is torch.bfloat16 else None
-    few, many = _by_length(runs, _most_rows(matrices, stack, x))
+    stack = stack_of(matrices) if x.device.type == "cpu" and x.dtype is torch.bfloat16 else None
+    few, many = _by_length(runs, most_rows(matrices, stack, x))
     index = runs.index.contiguous()
     if many and stack is not None and native.has_tiles():
         dense.multiply_by_tiles(stack, x.contiguous(), dense.lists(many), index, out)
@@ -87,6 +87,20 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
             x, index = _only_read(x, index, few)
         _multiply(matrices, stack, x.contiguous(), dense.lists(few), index, out)
     return out
+
+
+def longest(runs: Runs) -> int:
+    """Rows of the longest run."""
+    return max((end - begin for begin, end in zip(runs.begin, runs.end, strict=True)), default=0)
+
+
+def most_rows(matrices: ExpertMatrices, stack: dense.Stack | None, x: torch.Tensor) -> int:
+    """Rows of a run up to which the compiled products are there and worth their while."""
+    if isinstance(matrices, DenseMatrices):
+        return dense.few_rows(x, matrices.weight)
+    if stack is None or native.library() is None:
+        return 0
+    return (MAX_UNTILED_ROWS if native.has_tiles() else MAX_FUSED_ROWS)[type(matrices)]
 
 
 def _by_length(
@@ -111,15 +125,6 @@ def _only_read(
         is_read[index[begin:end]] = True
     place = is_read.cumsum(0, dtype=torch.int32) - 1
     return x[is_read], place[index]
-
-
-def _most_rows(matrices: ExpertMatrices, stack: dense.Stack | None, x: torch.Tensor) -> int:
-    """Rows of a run up to which the compiled products are there and worth their while."""
-    if isinstance(matrices, DenseMatrices):
-        return dense.few_rows(x, matrices.weight)
-    if stack is None or native.library() is None:
-        return 0
-    return (MAX_UNTILED_ROWS if native.has_tiles() else MAX_FUSED_ROWS)[type(matrices)]
 
 
 def _multiply(
@@ -150,7 +155,7 @@ def _multiply(
 
 def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """`matrices.dequantize(expert, dtype)`, the same bits, by the fastest way there is."""
-    stack = None if isinstance(matrices, DenseMatrices) else _stack(matrices)
+    stack = None if isinstance(matrices, DenseMatrices) else stack_of(matrices)
     library = native.library() if stack is not None else None
     if stack is None or library is None or dtype not in (torch.float32, torch.bfloat16):
         return matrices.dequantize(expert, dtype)
@@ -169,7 +174,7 @@ def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.
     return out
 
 
-def _stack(matrices: ExpertMatrices) -> dense.Stack | None:
+def stack_of(matrices: ExpertMatrices) -> dense.Stack | None:
     """What the C++ needs to know; None for what it does not read. Borrows the tensors' memory."""
     tensors: tuple[torch.Tensor, ...]
     if isinstance(matrices, DenseMatrices) and matrices.weight.dtype is torch.bfloat16:

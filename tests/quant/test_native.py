@@ -239,7 +239,7 @@ def test_tiles_write_their_own_rows_only(name: str) -> None:
     index = torch.randperm(40, generator=torch.Generator().manual_seed(5)).to(torch.int32)
     runs = [(1, 0, 1), (0, 1, 17), (2, 17, 17), (2, 17, 35)]
     held = torch.full((40, 70), 7.0, dtype=torch.bfloat16)
-    stack = cpu._stack(matrices)
+    stack = cpu.stack_of(matrices)
     assert stack is not None
     products.multiply_by_tiles(stack, x, products.lists(runs), index, held)
     assert (held[35:] == 7).all()

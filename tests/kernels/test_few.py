@@ -1,0 +1,107 @@
+"""Whole experts of few low-precision rows in one call: the bits of one product after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quant.matrices import FORMATS
+
+from chiasm.kernels import native
+from chiasm.kernels.moe import ShardWeights, cpu, few, shard_partial
+from chiasm.kernels.quant.formats import DenseMatrices
+from chiasm.kernels.quant.hadamard import RotatedMatrices
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a compiler")
+FIRST, EXPERTS, TOP_K = 3, 9, 3
+
+
+def dispatch(num_tokens: int, hidden: int, *, num_experts: int = 16) -> list[torch.Tensor]:
+    """Hidden rows, ids and weights; `num_experts` are chosen from."""
+    g = torch.Generator().manual_seed(num_tokens + hidden)
+    ids = [torch.randperm(num_experts, generator=g)[:TOP_K] for _ in range(num_tokens)]
+    return [
+        torch.randn(num_tokens, hidden, generator=g).bfloat16(),
+        torch.stack(ids).to(torch.int32),
+        torch.rand(num_tokens, TOP_K, generator=g),
+    ]
+
+
+def shard(gate_up: str, down: str, hidden: int, width: int) -> ShardWeights:
+    return ShardWeights(
+        first=FIRST,
+        gate_up=FORMATS[gate_up](EXPERTS, 2 * width, hidden, seed=1),
+        down=FORMATS[down](EXPERTS, hidden, width, seed=2),
+    )
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each group of experts was computed in one call."""
+    found: list[bool] = []
+    add = few.add_experts
+
+    def spy(*given: object) -> bool:
+        found.append(add(*given))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(cpu, "add_experts", spy)
+    return found
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize(("hidden", "width"), [(128, 64), (384, 140), (132, 512), (1024, 700)])
+@pytest.mark.parametrize(
+    ("gate_up", "down"), [("int8", "int8"), ("int4", "int4"), ("tcq2", "tcq2"), ("int4", "tcq2")]
+)
+def test_has_the_bits_of_one_product_after_another(
+    gate_up: str,
+    down: str,
+    hidden: int,
+    width: int,
+    num_tokens: int,
+    num_threads: int,
+    taken: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, given = shard(gate_up, down, hidden, width), dispatch(num_tokens, hidden)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        rows, values = shard_partial(*given, weights)
+    finally:
+        torch.set_num_threads(before)
+    assert taken == [True]
+    monkeypatch.setattr(cpu, "add_experts", lambda *_: False)
+    expected_rows, expected = shard_partial(*given, weights)
+    assert torch.equal(rows, expected_rows)
+    assert torch.equal(values, expected)
+    assert values.abs().sum() > 0
+
+
+@pytest.mark.parametrize("case", ["float32", "bfloat16 matrices", "rotated", "many rows"])
+def test_leaves_the_rest_to_others(case: str, taken: list[bool]) -> None:
+    weights, given = shard("int4", "int4", 128, 128), dispatch(2, 128)
+    if case == "float32":
+        given[0] = given[0].float()
+    elif case == "bfloat16 matrices":
+        dense = [
+            DenseMatrices(torch.randn(EXPERTS, *s).bfloat16()) for s in ((256, 128), (128, 128))
+        ]
+        weights = ShardWeights(first=FIRST, gate_up=dense[0], down=dense[1])
+    elif case == "rotated":
+        down = FORMATS["tcq2"](EXPERTS, 128, 128)
+        weights = ShardWeights(first=FIRST, gate_up=weights.gate_up, down=RotatedMatrices(down))
+    else:
+        given = dispatch(200, 128)
+    rows, values = shard_partial(*given, weights)
+    assert taken == [False]
+    assert len(rows) == len(values) > 0
+
+
+def test_tokens_of_other_shards_alone(taken: list[bool]) -> None:
+    rows, values = shard_partial(
+        *dispatch(4, 128, num_experts=FIRST), shard("int8", "int8", 128, 64)
+    )
+    assert not taken
+    assert (len(rows), values.shape) == (0, (0, 128))
