@@ -95,24 +95,25 @@ def fast_network() -> Iterator[Network]:
 
 
 class Relay:
-    """Carries packets between two descriptors, each after a while, or loses it."""
+    """Carries packets between two descriptors, each after a while, or loses or damages it."""
 
     def __init__(self, ends: tuple[int, int], delay_ms: float, *, loss: float) -> None:
         self._ends, self._delay_ms = ends, delay_ms
-        self._process = self._start(loss)
+        self._process = self._start(loss, 0.0)
 
-    def restart(self, *, loss: float) -> None:
-        """From now on with another loss; what is on its way is lost."""
+    def restart(self, *, loss: float, damage: float = 0.0) -> None:
+        """From now on with another share of lost packets, and of those that are damaged so that
+        TCP's checksum does not tell; what is on its way is lost."""
         self.stop()
-        self._process = self._start(loss)
+        self._process = self._start(loss, damage)
 
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def _start(self, loss: float) -> subprocess.Popen[bytes]:
+    def _start(self, loss: float, damage: float) -> subprocess.Popen[bytes]:
         program = str(Path(__file__).with_name("slow_link.py"))
-        words = map(str, (*self._ends, self._delay_ms, loss))
+        words = map(str, (*self._ends, self._delay_ms, loss, damage))
         return subprocess.Popen([sys.executable, program, *words], pass_fds=self._ends)
 
 

@@ -1,4 +1,4 @@
-"""Carries packets between two TUN devices, late: slow_link.py FD FD DELAY_MS LOSS."""
+"""Carries packets between two TUN devices, late: slow_link.py FD FD DELAY_MS LOSS DAMAGE."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import contextlib
 import os
 import random
 import select
+import socket
 import sys
 import time
 
 MAX_PACKET_BYTES = 1 << 16
 MAX_QUEUED = 1 << 12
 """More than this on their way, and packets are lost, as at any router."""
+MIN_DATA_BYTES = 256
+"""Before what is damaged: calls and answers of the orchestrator's have less."""
 
 
 def main() -> None:
     """Until it is killed."""
     first, second = int(sys.argv[1]), int(sys.argv[2])
-    delay_s, loss = float(sys.argv[3]) / 1000, float(sys.argv[4])
+    delay_s, loss, damage = float(sys.argv[3]) / 1000, float(sys.argv[4]), float(sys.argv[5])
     other = {first: second, second: first}
     dice = random.Random(0)
     waiting: collections.deque[tuple[float, int, bytes]] = collections.deque()
@@ -26,12 +29,28 @@ def main() -> None:
         left_s = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
         for device in select.select(list(other), [], [], left_s)[0]:
             packet = os.read(device, MAX_PACKET_BYTES)
+            if dice.random() < damage:
+                packet = damaged(packet)
             if dice.random() >= loss and len(waiting) < MAX_QUEUED:
                 waiting.append((time.monotonic() + delay_s, other[device], packet))
         while waiting and waiting[0][0] <= time.monotonic():
             _, device, packet = waiting.popleft()
             with contextlib.suppress(OSError):  # the device is down, or its queue is full
                 os.write(device, packet)
+
+
+def damaged(packet: bytes) -> bytes:
+    """Two different words of a TCP payload that is large enough to be data change places: its
+    checksum is a sum, and stays right."""
+    tcp = 4 * (packet[0] & 15)
+    if packet[9] != socket.IPPROTO_TCP or len(packet) < tcp + 20:
+        return packet
+    payload = tcp + 4 * (packet[tcp + 12] >> 4)
+    for at in range(payload + MIN_DATA_BYTES, len(packet) - 3, 2):
+        first, second = packet[at : at + 2], packet[at + 2 : at + 4]
+        if first != second:
+            return packet[:at] + second + first + packet[at + 4 :]
+    return packet
 
 
 if __name__ == "__main__":

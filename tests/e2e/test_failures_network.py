@@ -16,6 +16,7 @@ from chiasm.client import Result, Sampling
 
 LANE = 'chiasm_decoder_dispatches_total{modality="text",way="lane"}'
 STREAM = 'chiasm_decoder_dispatches_total{modality="text",way="stream"}'
+DAMAGED = 'chiasm_decoder_dispatch_failures_total{modality="text",reason="DATA_LOSS"}'
 
 BRIEF = Sampling(max_tokens=30, temperature=0, ignore_eos=True)
 
@@ -129,6 +130,26 @@ def test_a_server_is_far_away(
         relay.restart(loss=0.0)
         near_one_is_replaced(stack, near, expected)
         assert stack.member(far) is not None
+
+
+def test_packets_are_damaged_on_the_way(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And TCP does not notice: the payloads' own checksums do, and a replica answers."""
+    require_root()
+    with (
+        slow_network(1, loss=0.0) as (network, relay),
+        cluster_on(network, monkeypatch, tiny_checkpoint, tmp_path) as stack,
+    ):
+        expected = Peace(stack.endpoint).answer(TEXT, BRIEF)
+        add_far(stack, network, monkeypatch)
+        relay.restart(loss=0.0, damage=0.3)
+
+        def is_noticed() -> bool:
+            assert_same(start(stack, TEXT, BRIEF).result(), expected)
+            return stack.metrics("decoder").get(DAMAGED, 0) > 0
+
+        wait_until(is_noticed, "damage is noticed")
 
 
 def near_one_is_replaced(stack: Cluster, near: str, expected: Result) -> str:
