@@ -20,6 +20,7 @@ from chiasm.model.images import preprocess_image
 from chiasm.model.processing import ProcessingConfig
 from chiasm.model.tokenizer import Tokenizer
 from chiasm.model.video import preprocess_video
+from chiasm.training import presets
 from chiasm.training.data import tokenizer
 from chiasm.training.data.encode import Encoder, Example
 from chiasm.training.data.files import to_mp4, to_png
@@ -230,6 +231,21 @@ def test_batches_made_in_the_background_are_the_same(checkpoint: Path, started_b
 
 def spelled(known: Tokenizer, text: str) -> list[str]:
     return [known.decode([token]) for token in known.encode(text)]
+
+
+def test_codes_are_recalled_over_hundreds_of_tokens(encoder: Encoder) -> None:
+    """And fit every batch that they may come in."""
+    most = min(
+        stage.batch_tokens
+        for stage in presets.find("bundled").stages
+        if any("recall" in mix for mix in (stage.mix, *(each.mix for each in stage.lessons)))
+    )
+    lengths = [
+        encoder.encode(sample).num_tokens
+        for sample in islice(Stream({"recall": 1.0}, seed=3).samples(), 200)
+    ]
+    assert min(lengths) > 100
+    assert most / 2 < max(lengths) < most
 
 
 def test_tokenizer(checkpoint: Path) -> None:
