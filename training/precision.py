@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 _ROWS = 128
 """Products have a multiple of so many rows, so that few shapes come up."""
@@ -28,6 +29,7 @@ class NarrowLinear(nn.Linear):
         return narrow
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
         out: torch.Tensor = _Product.apply(input, self.weight)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias
 
@@ -42,6 +44,7 @@ class _Product(torch.autograd.Function):
         return (rows @ matrix.T)[: len(x)].float()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, matrix = ctx.saved_tensors
         gradient = _narrow(grads[0])

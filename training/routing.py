@@ -4,7 +4,8 @@ The tokens of a dispatch are sorted by expert and laid out in blocks of equal si
 expert and more for those that have the most, so that one batched product does a whole bank's work,
 however unevenly it is loaded: no token is dropped. Sizes and numbers of blocks are rounded up,
 because a product of a new shape costs more than one that is a little larger (training.precision).
-The products may be in bfloat16; parameters and their gradients are float32.
+The products may be in bfloat16, and what is added up of a token's experts is rounded to it then;
+parameters and their gradients are float32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from chiasm.model.config import TextConfig
 from chiasm.model.moe import Dispatch, Partial
@@ -26,7 +28,7 @@ _ROWS = 16
 _MORE_BLOCKS = 8
 """Where experts need several, the number of further blocks is a multiple of this."""
 _UNEVEN = 2
-"""Rows of a block over the mean of an expert's tokens, at most."""
+"""Rows of a block over the mean of an expert's tokens, at most, but for rounding up."""
 Usage = dict[tuple[Modality, int], torch.Tensor]
 """Choices per expert, int64 [E], by modality and layer."""
 
@@ -79,13 +81,16 @@ class Blocks:
         place = place.view(num_tokens, top_k)
         return cls(rows=rows, owner=owner, token=token, place=place, num_experts=num_experts)
 
-    def spread(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [T, H] -> [B, C, H], zero in padding."""
-        padded = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
-        return padded.index_select(0, self.token).view(len(self.owner), -1, rows.shape[1])
+    def spread(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [T, H] -> [B, C, H], zero in padding."""
+        padded = torch.cat((tokens, tokens.new_zeros(1, tokens.shape[1])))
+        return padded.index_select(0, self.token).view(-1, self.rows, tokens.shape[1])
 
     def gather(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """rows [B, C, H] -> float32 [T, H], each token's (weighted) sum over its choices."""
+        """rows [B, C, H] -> float32 [T, H], each token's (weighted) sum over its choices.
+
+        It is rounded to the dtype of `rows`.
+        """
         weights = None if weights is None else weights.to(rows.dtype)
         flat = rows.flatten(0, 1)
         return F.embedding_bag(self.place, flat, mode="sum", per_sample_weights=weights).float()
@@ -166,6 +171,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return blocks.gather(y, weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x, gate, up, active, inner, to_gate, to_up, to_out, weights = ctx.saved_tensors
         blocks: Blocks = ctx.blocks

@@ -55,12 +55,15 @@ def _results(
 
 def _pair_bytes(down: ExpertMatrices, dtype: torch.dtype) -> int:
     """Held at a time: gate, up and as much again, or what they are made of; or a result, as float32
-    too, and a copy; or what rotates the inputs of down. Products with tiles round runs up to 16
-    rows, which is not counted."""
+    too, and a copy; or what rotates the inputs of down; or in one call all of gate, up, inner row,
+    as laid out for down too, and result. Products with tiles round runs up to 16 rows, which is not
+    counted."""
     width, inner = down.shape
     inputs = (2 * inner + width) * dtype.itemsize
     rotated = 18 * inner if isinstance(down, RotatedMatrices) else 0
-    return max(4 * inner * dtype.itemsize, inputs, width * (dtype.itemsize + 4 + 4), rotated)
+    in_one = 10 * inner + 2 * width
+    in_turn = max(4 * inner * dtype.itemsize, inputs, width * (dtype.itemsize + 4 + 4))
+    return max(in_turn, rotated, in_one)
 
 
 def _runs(experts: range, counts: Sequence[int], token: torch.Tensor) -> Runs:

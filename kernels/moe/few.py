@@ -1,7 +1,7 @@
 """Whole experts of few low-precision rows on a CPU, in one call.
 
 With a token or a few, an expert's matrices are read in less than a millisecond: what passes between
-one product and the next, in Python and until threads have woken up, is a third of that.
+one product and the next, in Python and until threads have woken up, is a good share of that.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ def add_experts(
 ) -> bool:
     """Adds weight[i] * down(silu(gate(x)) * up(x)) to row slot[i] of values, x = hidden[index[i]],
     for every pair i of the runs, by ascending i. Returns False, and does nothing, where the runs or
-    the matrices are not what the compiled code takes.
+    the matrices are not what the compiled code takes. Raises ValueError when rows and matrices do
+    not fit each other.
 
     hidden: [T, H]. weight: float32 [P]. slot: int64 [P]. values: float32 [N, H].
     """
+    if hidden.shape[1] != gate_up.shape[1] or gate_up.shape[0] != 2 * down.shape[1]:
+        raise ValueError(f"rows of {hidden.shape[1]} for {gate_up.shape}, then {down.shape}")
     library = native.library()
     first, second = (_stack(matrices, hidden, runs) for matrices in (gate_up, down))
     if library is None or first is None or second is None:

@@ -317,20 +317,22 @@ void chiasm_experts(
     const float* weight, const int64_t* slot, float* values, int threads) {
   Runs runs{num_runs, expert, begin, end, index};
   const int64_t pairs = runs.rows(), width = down->k, out = down->n;
-  std::vector<uint16_t> both(pairs * 2 * width), inner(pairs * width), results(pairs * out);
+  using Values = std::unique_ptr<uint16_t[]>;  // not a vector, which would be set to zero first
+  const Values both(new uint16_t[pairs * 2 * width]), inner(new uint16_t[pairs * width]),
+      results(new uint16_t[pairs * out]);
   std::vector<int32_t> straight(pairs);
   for (int64_t i = 0; i < pairs; ++i) straight[i] = int32_t(i);
-  const auto first = linear(*gate_up, x, num_rows, runs, both.data());
+  const auto first = linear(*gate_up, x, num_rows, runs, both.get());
   runs.index = straight.data();
-  const auto second = linear(*down, inner.data(), pairs, runs, results.data());
+  const auto second = linear(*down, inner.get(), pairs, runs, results.get());
 #pragma omp parallel num_threads(worth(pairs * 2 * width * gate_up->k, threads))
   {
     first->work();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs; ++i)
-      swiglu(both.data() + 2 * i * width, width, inner.data() + i * width);
+      swiglu(both.get() + 2 * i * width, width, inner.get() + i * width);
     second->work();
-    combine(results.data(), out, weight, slot, pairs, values);
+    combine(results.get(), out, weight, slot, pairs, values);
   }
 }
 

@@ -90,8 +90,8 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
 
 
 def longest(runs: Runs) -> int:
-    """Rows of the longest run."""
-    return max((end - begin for begin, end in zip(runs.begin, runs.end, strict=True)), default=0)
+    """Rows of the longest run; there is one."""
+    return max(end - begin for begin, end in zip(runs.begin, runs.end, strict=True))
 
 
 def most_rows(matrices: ExpertMatrices, stack: dense.Stack | None, x: torch.Tensor) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from quant.matrices import FORMATS
 
 from chiasm.kernels import native
-from chiasm.kernels.moe import ShardWeights, cpu, few, shard_partial
+from chiasm.kernels.moe import ShardWeights, cpu, few, reference, shard_partial
+from chiasm.kernels.native import build
 from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.kernels.quant.hadamard import RotatedMatrices
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a compiler")
 FIRST, EXPERTS, TOP_K = 3, 9, 3
+BFLOAT16_RATIO = 0.02
 
 
 def dispatch(num_tokens: int, hidden: int, *, num_experts: int = 16) -> list[torch.Tensor]:
@@ -34,6 +38,14 @@ def shard(gate_up: str, down: str, hidden: int, width: int) -> ShardWeights:
     )
 
 
+@pytest.fixture(params=["this processor", "any processor"])
+def any_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "any processor":
+        generic = ctypes.CDLL(str(build.compiled(("-DCHIASM_GENERIC",))))
+        assert not generic.chiasm_has_lanes()
+        monkeypatch.setattr(native, "library", lambda: generic)
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each group of experts was computed in one call."""
@@ -48,6 +60,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+@pytest.mark.usefixtures("any_library")
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 8])
 @pytest.mark.parametrize(("hidden", "width"), [(128, 64), (384, 140), (132, 512), (1024, 700)])
@@ -80,7 +93,7 @@ def test_has_the_bits_of_one_product_after_another(
 
 
 @pytest.mark.parametrize("case", ["float32", "bfloat16 matrices", "rotated", "many rows"])
-def test_leaves_the_rest_to_others(case: str, taken: list[bool]) -> None:
+def test_leaves_the_rest_alone(case: str, taken: list[bool]) -> None:
     weights, given = shard("int4", "int4", 128, 128), dispatch(2, 128)
     if case == "float32":
         given[0] = given[0].float()
@@ -94,9 +107,23 @@ def test_leaves_the_rest_to_others(case: str, taken: list[bool]) -> None:
         weights = ShardWeights(first=FIRST, gate_up=weights.gate_up, down=RotatedMatrices(down))
     else:
         given = dispatch(200, 128)
-    rows, values = shard_partial(*given, weights)
+    found = shard_partial(*given, weights)
     assert taken == [False]
-    assert len(rows) == len(values) > 0
+    expected = reference.shard_partial(*given, weights)
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] - expected[1]).norm() < BFLOAT16_RATIO * expected[1].norm()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weights = shard("int8", "int8", 128, 64)
+    for hidden in (64, 256):
+        with pytest.raises(ValueError, match=f"rows of {hidden}"):
+            shard_partial(*dispatch(1, hidden), weights)
+    wide = ShardWeights(
+        first=FIRST, gate_up=weights.gate_up, down=shard("int8", "int8", 128, 32).down
+    )
+    with pytest.raises(ValueError, match="rows of 128"):
+        shard_partial(*dispatch(1, 128), wide)
 
 
 def test_tokens_of_other_shards_alone(taken: list[bool]) -> None:

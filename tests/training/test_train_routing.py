@@ -46,7 +46,8 @@ def reference(ids: torch.Tensor, tensors: Tensors) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "skew"),
-    [(1, 1, 1, 0.0), (7, 2, 5, 0.0), (90, 3, 8, 1.0), (200, 2, 4, 9.0)],
+    # The last one has four blocks for each of two experts.
+    [(1, 1, 1, 0.0), (7, 2, 5, 0.0), (90, 3, 8, 1.0), (200, 2, 4, 9.0), (200, 2, 16, 9.0)],
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_values_and_gradients(
@@ -77,20 +78,23 @@ def test_bfloat16_is_near() -> None:
         assert 0 < error < BFLOAT16_RATIO
 
 
-@pytest.mark.parametrize(("num_tokens", "skew"), [(0, 0.0), (1, 0.0), (200, 0.0), (200, 2.0)])
-def test_blocks_hold_every_choice_once(num_tokens: int, skew: float) -> None:
-    ids, _ = inputs(num_tokens, 3, 6, skew=skew, seed=0)
-    blocks = Blocks.lay_out(ids, 6)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "skew"),
+    [(0, 6, 0.0), (1, 6, 0.0), (200, 6, 2.0), (200, 16, 0.0), (200, 16, 9.0)],
+)
+def test_blocks_hold_every_choice_once(num_tokens: int, num_experts: int, skew: float) -> None:
+    ids, _ = inputs(num_tokens, 3, num_experts, skew=skew, seed=0)
+    blocks = Blocks.lay_out(ids, num_experts)
     assert len(set(blocks.place.flatten().tolist())) == ids.numel()
     assert torch.equal(blocks.token[blocks.place], torch.arange(num_tokens)[:, None].expand(-1, 3))
     assert torch.equal(blocks.owner[blocks.place // blocks.rows], ids)
     assert int((blocks.token == num_tokens).sum()) == len(blocks.token) - ids.numel()
-    assert torch.equal(blocks.owner[:6], torch.arange(6))
+    assert torch.equal(blocks.owner[:num_experts], torch.arange(num_experts))
 
 
 @pytest.mark.parametrize("skew", [0.0, 9.0])
 def test_padding_stays_within_bounds(skew: float) -> None:
-    """However unevenly experts are chosen: rows for twice the mean each, and a little more."""
+    """However unevenly experts are chosen: twice the mean for each, and half as much again."""
     ids, _ = inputs(3000, 3, 64, skew=skew, seed=0)
     blocks = Blocks.lay_out(ids, 64)
     assert len(blocks.token) < 3.5 * ids.numel()
