@@ -42,10 +42,12 @@ from chiasm.training.data.scenes import (
     told_colours,
     told_places,
 )
-from chiasm.training.data.texts import NUMBERS, PEOPLE, row
+from chiasm.training.data.texts import FILLER, NUMBERS, PEOPLE, any_code, draft_code, row
 
 _COLUMNS, _ROWS = 3, 2
 _STRAY = 4
+_SENTENCES = (8, 48)
+"""Between a code and the question for it, at least and at most."""
 
 _LIST = Phrasings(
     en=("List everything in the picture.", "Name all shapes with their colours."),
@@ -228,6 +230,11 @@ def _draft_told(rng: Random) -> Draft:
     )
 
 
+def _draft_recall(rng: Random) -> Draft:
+    """A code, asked for hundreds of tokens later."""
+    return draft_code(any_code(rng), rng.choices(FILLER, k=rng.randint(*_SENTENCES)))
+
+
 TASKS = tuple(
     Task(name=name, threshold=0.9, draft=draft)
     for name, draft in (
@@ -240,5 +247,6 @@ TASKS = tuple(
         ("alike", _draft_alike),
         ("retold", _draft_retold),
         ("told", _draft_told),
+        ("recall", _draft_recall),
     )
 )

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - Chinese has its own punctuation
-"""Tasks of text alone: sums, looking up what was just said, saying a code again, soon or late.
+"""Tasks of text alone: small sums, looking up what was just said, saying a code again later.
 
 Held out are sums (two numbers and what is done with them), sets of facts, and codes.
 """
@@ -15,8 +15,6 @@ from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 _MAX_SENTENCES = 4
-_MANY_SENTENCES = (8, 48)
-"""Between a code and the question for it, at least and at most, where it is far away."""
 _SMALL = 0.3
 """Of the sums, how many begin with a number below 20 for sure."""
 
@@ -53,7 +51,7 @@ _WHICH_COLOUR = Phrasings(
     en=("{facts}\nWhich colour does {name} like?", "{facts}\nAnd the colour of {name}?"),
     zh=("{facts}\n{name}的颜色是什么？", "{facts}\n请问{name}的颜色是哪种？"),
 )
-_FILLER = (
+FILLER = (
     Bilingual("The sun is warm today.", "今天阳光很暖和。"),
     Bilingual("A small dog runs in the park.", "一只小狗在公园里跑。"),
     Bilingual("My sister reads a long book.", "我的妹妹在读一本长长的书。"),
@@ -138,19 +136,15 @@ def _draft_lookup(rng: Random) -> Draft:
 
 
 def _draft_copy(rng: Random) -> Draft:
-    return _draft_code(_any_code(rng), rng.sample(_FILLER, rng.randint(0, _MAX_SENTENCES)))
+    return draft_code(any_code(rng), rng.sample(FILLER, rng.randint(0, _MAX_SENTENCES)))
 
 
-def _draft_recall(rng: Random) -> Draft:
-    """Hundreds of tokens later."""
-    return _draft_code(_any_code(rng), rng.choices(_FILLER, k=rng.randint(*_MANY_SENTENCES)))
-
-
-def _any_code(rng: Random) -> str:
+def any_code(rng: Random) -> str:
     return "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(3, 4)))
 
 
-def _draft_code(code: str, filler: Sequence[Bilingual]) -> Draft:
+def draft_code(code: str, filler: Sequence[Bilingual]) -> Draft:
+    """The code, then sentences about something else, then a question for the code."""
     between = Bilingual(
         "".join(f"{sentence.en} " for sentence in filler),
         "".join(sentence.zh for sentence in filler),
@@ -167,5 +161,4 @@ TASKS = (
     Task(name="sums", threshold=0.98, draft=_draft_sum),
     Task(name="lookup", threshold=0.98, draft=_draft_lookup),
     Task(name="copy", threshold=0.98, draft=_draft_copy),
-    Task(name="recall", threshold=0.98, draft=_draft_recall),
 )
