@@ -3,7 +3,8 @@
 One layer at the published geometry: 64 experts of hidden 2560 and the text or vision bank's width,
 6 of them a token. Decode reads the chosen experts' weights once for a few tokens, so it is held
 against the rate at which this machine reads memory; prefill computes, so it is held against torch's
-bfloat16 products with as many rows, and with so many that nothing but computing counts.
+bfloat16 products with as many rows, and with so many that nothing but computing counts. All of them
+are timed in turns: a shared machine's rates are others a minute later.
 """
 
 from __future__ import annotations
@@ -36,25 +37,22 @@ WIDTHS = {"text": 1536, "vision": 512}
 DECODE = (1, 8, 32)
 PREFILL = (512, 2048)
 LARGE_ROWS = 2048
-REPEATS = 7
+REPEATS = 9
+MATRICES = 6
+"""That a product is taken with in turn, so that no cache holds them."""
 CACHED_RUNS = 50
 READ_BYTES = 1 << 30
 
 
 def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     """Times every precision, bank and batch; returns rates and ratios."""
-    bandwidth = _bandwidth()
+    data = torch.ones(READ_BYTES // 4, dtype=torch.float32)
+    bandwidth = READ_BYTES / _median(data.sum)
     report(f"memory is read at {bandwidth / 1e9:.1f} GB/s by {torch.get_num_threads()} threads")
     report(f"compiled kernels: {'yes' if native.library() is not None else 'no'}")
     rows: list[dict[str, object]] = []
     rates: list[dict[str, object]] = []
     for bank, width in WIDTHS.items():
-        large = _product_rate(width, LARGE_ROWS)
-        report(f"{bank}: bfloat16 products of {LARGE_ROWS} rows: {large / 1e9:.0f} GFLOP/s")
-        products = {
-            tokens: _product_rate(width, max(1, tokens * TOP_K // EXPERTS))
-            for tokens in (*DECODE, *PREFILL)
-        }
         for precision, make in _FORMATS.items():
             weights = ShardWeights(
                 first=0, gate_up=make(2 * width, HIDDEN), down=make(HIDDEN, width)
@@ -65,10 +63,7 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
             )
             rates.append({"bank": bank, "precision": precision, "bytes_per_s": cached})
             for tokens in (*DECODE, *PREFILL):
-                row = _measure(weights, tokens)
-                row["of_bandwidth"] = row["weight_bytes_per_s"] / bandwidth
-                row["of_large_product"] = row["operations_per_s"] / large
-                row["of_product"] = row["operations_per_s"] / products[tokens]
+                row = _measure(weights, tokens, data)
                 rows.append({"bank": bank, "precision": precision, "tokens": tokens, **row})
                 report(_line(rows[-1]))
     return {
@@ -80,7 +75,8 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     }
 
 
-def _measure(weights: ShardWeights, tokens: int) -> dict[str, float]:
+def _measure(weights: ShardWeights, tokens: int, data: torch.Tensor) -> dict[str, float]:
+    """A dispatch of so many tokens, and what it is held against. data: READ_BYTES to be read."""
     generator = torch.Generator().manual_seed(tokens)
     scores = torch.rand(tokens, EXPERTS, generator=generator)
     first = scores.topk(TOP_K).indices.to(torch.int32)
@@ -88,16 +84,34 @@ def _measure(weights: ShardWeights, tokens: int) -> dict[str, float]:
     turns = itertools.cycle((first + TOP_K * turn) % EXPERTS for turn in range(EXPERTS // TOP_K))
     hidden = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     share = torch.full((tokens, TOP_K), 1 / TOP_K)
-    seconds = _median(lambda: shard_partial(hidden, next(turns), share, weights))
     num_chosen = len(set(first.flatten().tolist()))
+    # As many dispatches in a row as there are experts for: a decode step is not alone either.
+    burst = range(EXPERTS // num_chosen)
+    matrices = torch.randn(MATRICES, weights.gate_up.shape[0], HIDDEN).bfloat16()
+    some, many = (
+        torch.randn(rows, HIDDEN).bfloat16()
+        for rows in (max(1, tokens * TOP_K // EXPERTS), LARGE_ROWS)
+    )
+    seconds, reading, product, large = _medians(
+        lambda: [shard_partial(hidden, next(turns), share, weights) for _ in burst],
+        data.sum,
+        lambda: [F.linear(some, matrix) for matrix in matrices],
+        lambda: [F.linear(many, matrix) for matrix in matrices],
+    )
+    seconds /= len(burst)
     weight_bytes = (weights.gate_up.nbytes + weights.down.nbytes) * num_chosen / EXPERTS
     num_weights = math.prod(weights.gate_up.shape) + math.prod(weights.down.shape)
     operations = 2 * tokens * TOP_K * num_weights
+    rates = [2 * len(x) * matrices.numel() / s for x, s in ((some, product), (many, large))]
     return {
         "ms": seconds * 1e3,
         "experts": num_chosen,
-        "weight_bytes_per_s": weight_bytes / seconds,
-        "operations_per_s": operations / seconds,
+        "read_bytes_per_s": READ_BYTES / reading,
+        "of_bandwidth": weight_bytes / seconds * reading / READ_BYTES,
+        "product_operations_per_s": rates[0],
+        "of_product": operations / seconds / rates[0],
+        "large_product_operations_per_s": rates[1],
+        "of_large_product": operations / seconds / rates[1],
     }
 
 
@@ -118,20 +132,6 @@ def _line(row: dict[str, object]) -> str:
         f"{row['of_bandwidth']:5.0%} of bandwidth, {row['of_product']:5.0%} of bfloat16 products "
         f"with as many rows, {row['of_large_product']:4.0%} with many"
     )
-
-
-def _bandwidth() -> float:
-    """Bytes a second that all threads read together."""
-    data = torch.ones(READ_BYTES // 4, dtype=torch.float32)
-    return READ_BYTES / _median(data.sum)
-
-
-def _product_rate(width: int, rows: int) -> float:
-    """Operations a second of torch's products, the matrix differing every time."""
-    x = torch.randn(rows, HIDDEN).bfloat16()
-    matrices = torch.randn(16, 2 * width, HIDDEN).bfloat16()
-    seconds = _median(lambda: [F.linear(x, matrix) for matrix in matrices])
-    return 2 * rows * matrices.numel() / seconds
 
 
 def _combine_gain(report: Callable[[str], None]) -> dict[str, float]:
@@ -162,14 +162,20 @@ def _encode_rate(report: Callable[[str], None]) -> dict[str, float]:
 
 def _median(call: Callable[[], object]) -> float:
     """Seconds."""
-    call()
-    seconds = []
+    return _medians(call)[0]
+
+
+def _medians(*calls: Callable[[], object]) -> list[float]:
+    """Seconds of each, all in turns."""
+    seconds: list[list[float]] = [[] for _ in calls]
     with torch.inference_mode():
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        for turn in range(REPEATS + 1):
+            for call, taken in zip(calls, seconds, strict=True):
+                start = time.perf_counter()
+                call()
+                if turn:  # the first is not counted
+                    taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
 
 
 def _bytes(*shape: int) -> torch.Tensor:
