@@ -53,6 +53,7 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     rows: list[dict[str, object]] = []
     rates: list[dict[str, object]] = []
     for bank, width in WIDTHS.items():
+        matrices = torch.randn(MATRICES, 2 * width, HIDDEN).bfloat16()
         for precision, make in _FORMATS.items():
             weights = ShardWeights(
                 first=0, gate_up=make(2 * width, HIDDEN), down=make(HIDDEN, width)
@@ -63,7 +64,7 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
             )
             rates.append({"bank": bank, "precision": precision, "bytes_per_s": cached})
             for tokens in (*DECODE, *PREFILL):
-                row = _measure(weights, tokens, data)
+                row = _measure(weights, tokens, data, matrices)
                 rows.append({"bank": bank, "precision": precision, "tokens": tokens, **row})
                 report(_line(rows[-1]))
     return {
@@ -75,8 +76,11 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     }
 
 
-def _measure(weights: ShardWeights, tokens: int, data: torch.Tensor) -> dict[str, float]:
-    """A dispatch of so many tokens, and what it is held against. data: READ_BYTES to be read."""
+def _measure(
+    weights: ShardWeights, tokens: int, data: torch.Tensor, matrices: torch.Tensor
+) -> dict[str, float]:
+    """A dispatch of so many tokens, and what it is held against: READ_BYTES of data that are read,
+    and products with matrices."""
     generator = torch.Generator().manual_seed(tokens)
     scores = torch.rand(tokens, EXPERTS, generator=generator)
     first = scores.topk(TOP_K).indices.to(torch.int32)
@@ -87,7 +91,6 @@ def _measure(weights: ShardWeights, tokens: int, data: torch.Tensor) -> dict[str
     num_chosen = len(set(first.flatten().tolist()))
     # As many dispatches in a row as there are experts for: a decode step is not alone either.
     burst = range(EXPERTS // num_chosen)
-    matrices = torch.randn(MATRICES, weights.gate_up.shape[0], HIDDEN).bfloat16()
     some, many = (
         torch.randn(rows, HIDDEN).bfloat16()
         for rows in (max(1, tokens * TOP_K // EXPERTS), LARGE_ROWS)

@@ -57,10 +57,15 @@ class _Product(torch.autograd.Function):
 
 def _narrow(x: torch.Tensor) -> torch.Tensor:
     """[T, K] in bfloat16, filled up with rows of zeros."""
-    narrow = x.new_empty(-(-len(x) // _ROWS) * _ROWS, x.shape[1], dtype=torch.bfloat16)
+    narrow = x.new_empty(round_up(len(x), _ROWS), x.shape[1], dtype=torch.bfloat16)
     narrow[: len(x)] = x
     narrow[len(x) :] = 0
     return narrow
+
+
+def round_up(number: int, unit: int) -> int:
+    """To a multiple of `unit`."""
+    return -(-number // unit) * unit
 
 
 def narrow_linears(module: nn.Module) -> None:

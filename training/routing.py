@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from chiasm.model.config import TextConfig
 from chiasm.model.moe import Dispatch, Partial
+from chiasm.training.precision import round_up
 from chiasm.types import TOKEN_TEXT, Modality
 
 _ROWS = 16
@@ -67,9 +68,9 @@ class Blocks:
         flat = expert_ids.flatten()
         order = torch.argsort(flat, stable=True)  # [T * K]
         counts = torch.bincount(flat, minlength=num_experts)
-        even = _ceil_div(max(len(flat), 1), num_experts)
-        rows = _round_up(min(max(int(counts.max()), 1), _UNEVEN * even), _ROWS)
-        owner, first = _deal(_ceil_div(counts, rows).clamp(min=1), num_experts)
+        even = -(-max(len(flat), 1) // num_experts)
+        rows = round_up(min(max(int(counts.max()), 1), _UNEVEN * even), _ROWS)
+        owner, first = _deal((-(-counts // rows)).clamp(min=1), num_experts)
         expert = flat[order]
         rank = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[expert]  # within its expert
         further = (first[expert] + rank // rows - 1) * rows
@@ -112,16 +113,8 @@ def _deal(blocks: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.T
     more, experts = blocks - 1, torch.arange(num_experts)
     first = num_experts + more.cumsum(0) - more
     owner = torch.cat((experts, experts.repeat_interleave(more)))
-    spare = num_experts + _round_up(len(owner) - num_experts, _MORE_BLOCKS) - len(owner)
+    spare = num_experts + round_up(len(owner) - num_experts, _MORE_BLOCKS) - len(owner)
     return torch.cat((owner, owner.new_zeros(spare))), first
-
-
-def _ceil_div(a: Any, b: int) -> Any:
-    return -(-a // b)
-
-
-def _round_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
 
 
 def grouped_swiglu(
@@ -160,7 +153,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         x = blocks.spread(hidden.to(dtype))
-        to_gate, to_up = (blocks.matrices(w) for w in gate_up.to(dtype).chunk(2, dim=1))
+        to_gate, to_up = (blocks.matrices(w.to(dtype)) for w in gate_up.chunk(2, dim=1))
         to_out = blocks.matrices(down.to(dtype))
         gate, up = torch.bmm(x, to_gate.mT), torch.bmm(x, to_up.mT)  # [B, C, I]
         active = F.silu(gate)

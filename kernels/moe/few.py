@@ -11,7 +11,7 @@ import ctypes
 import torch
 
 from chiasm.kernels import dense, native
-from chiasm.kernels.quant.cpu import Runs, longest, most_rows, stack_of
+from chiasm.kernels.quant.cpu import Runs, most_rows, stack_of
 from chiasm.kernels.quant.formats import DenseMatrices, ExpertMatrices
 
 
@@ -26,17 +26,19 @@ def add_experts(
 ) -> bool:
     """Adds weight[i] * down(silu(gate(x)) * up(x)) to row slot[i] of values, x = hidden[index[i]],
     for every pair i of the runs, by ascending i. Returns False, and does nothing, where the runs or
-    the matrices are not what the compiled code takes. Raises ValueError when rows and matrices do
+    the matrices are not what the compiled code takes. Raises ValueError when those that it takes do
     not fit each other.
 
     hidden: [T, H]. weight: float32 [P]. slot: int64 [P]. values: float32 [N, H].
     """
+    longest = max(end - begin for begin, end in zip(runs.begin, runs.end, strict=True))
+    first, second = (_stack(matrices, hidden, longest) for matrices in (gate_up, down))
+    if first is None or second is None:
+        return False
     if hidden.shape[1] != gate_up.shape[1] or gate_up.shape[0] != 2 * down.shape[1]:
         raise ValueError(f"rows of {hidden.shape[1]} for {gate_up.shape}, then {down.shape}")
     library = native.library()
-    first, second = (_stack(matrices, hidden, runs) for matrices in (gate_up, down))
-    if library is None or first is None or second is None:
-        return False
+    assert library is not None  # or no run would have been of few rows
     x, index = hidden.contiguous(), runs.index.contiguous()
     library.chiasm_experts(
         ctypes.byref(first),
@@ -51,9 +53,9 @@ def add_experts(
     return True
 
 
-def _stack(matrices: ExpertMatrices, hidden: torch.Tensor, runs: Runs) -> dense.Stack | None:
-    """None for what is multiplied in another way."""
+def _stack(matrices: ExpertMatrices, hidden: torch.Tensor, longest: int) -> dense.Stack | None:
+    """None for what is multiplied in another way. longest: rows of the longest run."""
     if isinstance(matrices, DenseMatrices) or hidden.dtype is not torch.bfloat16:
         return None
     stack = stack_of(matrices)
-    return stack if longest(runs) <= most_rows(matrices, stack, hidden) else None
+    return stack if longest <= most_rows(matrices, stack, hidden) else None

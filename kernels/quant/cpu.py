@@ -89,11 +89,6 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
     return out
 
 
-def longest(runs: Runs) -> int:
-    """Rows of the longest run; there is one."""
-    return max(end - begin for begin, end in zip(runs.begin, runs.end, strict=True))
-
-
 def most_rows(matrices: ExpertMatrices, stack: dense.Stack | None, x: torch.Tensor) -> int:
     """Rows of a run up to which the compiled products are there and worth their while."""
     if isinstance(matrices, DenseMatrices):

@@ -4,7 +4,8 @@
 A question with a one-word answer tells one thing about a picture that took a hundred times the work
 to look at. These ask for everything that is there, in order, and so teach shapes, colours, letters
 and heights many at a time. Words come from the training side of their own task; scenes and bars are
-drawn at random, now and then such as another task holds out.
+drawn at random, now and then such as another task holds out. One asks, long after it was said, for
+a code.
 """
 
 from __future__ import annotations

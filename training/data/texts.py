@@ -140,6 +140,7 @@ def _draft_copy(rng: Random) -> Draft:
 
 
 def any_code(rng: Random) -> str:
+    """Three or four letters and digits."""
     return "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(3, 4)))
 
 
