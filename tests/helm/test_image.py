@@ -89,7 +89,9 @@ def commands(tmp_path: Path) -> Path:
 def fetch(
     tmp_path: Path, commands: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    path = f"{commands}:{os.environ['PATH']}" if commands else os.environ["PATH"]
+    """The script's run, with the Python that runs the tests, as recent as the image's."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{commands}:{path}" if commands else path
     model = str(tmp_path / "models/model-1234")
     return subprocess.run(
         ["sh", SCRIPT],
