@@ -27,17 +27,17 @@ struct Laid {
   std::unique_ptr<uint8_t[]> memory;
   int8_t* bytes;        // for every step and plane 64 high bytes and 64 low ones
   int32_t* correction;  // for each of the 16 lanes of a step: what the offsets add, negative
-  float *scale, *sum;   // of each lane of a step; of each group, the values' sum
+  float *scale, *sum;   // of each group: its unit; the values' sum
 
   Laid(int64_t k, int64_t rows) {
     steps = (k + S::width - 1) / S::width;
     groups = steps * (S::width / S::group);
-    memory.reset(new uint8_t[rows * steps * (step_bytes + 128) + rows * groups * 4 + 64]);
+    memory.reset(new uint8_t[rows * steps * (step_bytes + 64) + rows * groups * 8 + 64]);
     const auto start = (reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64;
     bytes = reinterpret_cast<int8_t*>(start);
     correction = reinterpret_cast<int32_t*>(bytes + rows * steps * step_bytes);
     scale = reinterpret_cast<float*>(correction + rows * steps * 16);
-    sum = scale + rows * steps * 16;
+    sum = scale + rows * groups;
   }
 
   void fill(int64_t row, const uint16_t* x, int64_t k) const {
@@ -50,7 +50,7 @@ struct Laid {
         const int count = int(std::clamp<int64_t>(k - first, 0, S::group));
         int32_t* to = whole + part * S::group;
         const float unit = round_group(x + first, count, to);
-        for (int i = 0; i < 16 / parts; ++i) scale[at * 16 + part * (16 / parts) + i] = unit;
+        scale[row * groups + step * parts + part] = unit;
         int32_t total = 0;
         for (int i = 0; i < S::group; ++i) total += to[i];
         sum[row * groups + step * parts + part] = float(total) * unit;

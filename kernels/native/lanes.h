@@ -22,17 +22,36 @@ struct Table {
   }
 };
 
-// For step i of 8, each of the 16 lanes' group among 16: 2i for the first 8 lanes, 2i + 1 for the rest.
-alignas(64) inline const int32_t SPREAD[128] = {
-#define STEP(i) \
-  2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i, 2 * i + 1, 2 * i + 1, 2 * i + 1, \
-      2 * i + 1, 2 * i + 1, 2 * i + 1, 2 * i + 1, 2 * i + 1
-    STEP(0), STEP(1), STEP(2), STEP(3), STEP(4), STEP(5), STEP(6), STEP(7)
-#undef STEP
-};
-
 inline __mmask64 first_bytes(int64_t count) {
   return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+}
+
+// As many bfloat16 as the mask says, and zeros.
+inline __m512 widen16(const uint16_t* from, __mmask16 mask) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// The sums over the lanes of each, in the order of _mm512_reduce_add_ps.
+inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  };
+  const __m512 ab = halves(a, b), cd = halves(c, d);
+  __m512 total =
+      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+  total = _mm512_add_ps(total, _mm512_permute_ps(total, 0x4E));
+  total = _mm512_add_ps(total, _mm512_permute_ps(total, 0xB1));
+  return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, total));
+}
+
+// Four, as narrow() has them.
+inline void store4(__m128 values, uint16_t* out) {
+  const __m128i bits = _mm_castps_si128(values);
+  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+  const __m128i up = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7FFF)));
+  _mm_storel_epi64(
+      reinterpret_cast<__m128i*>(out), _mm_cvtepi32_epi16(_mm_srli_epi32(up, 16)));
 }
 
 // The states of the weights 4i + j of 64 bytes, one register for each j. `before` holds for every

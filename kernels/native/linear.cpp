@@ -42,15 +42,14 @@ struct Part {
 constexpr int64_t AHEAD = 8192;  // bytes; not every machine prefetches streams by itself
 
 // A row of a matrix. load: the codes of step i as unsigned bytes by plane, of which `count` are
-// there. lanes: the scale of each lane of step i. finish: the lanes' sums to what adds up to the
-// row's result.
+// there. scales: those of 16 groups from g on, as far as there are any. scale: that of the whole row.
 struct Int8Row {
   const uint8_t* codes;
   float scale;
 
   Int8Row() = default;
   Int8Row(const Stack& s, int64_t row, const Table*)
-      : codes(s.codes + row * s.k), scale(static_cast<const float*>(s.scale)[row]) {}
+      : codes(s.codes + row * s.k), scale(s.row_scale(row)) {}
   template <bool IS_EDGE>
   void load(int64_t i, int64_t count, __m512i plane[4]) const {
     for (int p = 0; p < 4; ++p) {
@@ -60,23 +59,18 @@ struct Int8Row {
       plane[p] = _mm512_xor_si512(code, _mm512_set1_epi8(char(0x80)));
     }
   }
-  __m512 lanes(int64_t) const { return _mm512_set1_ps(1); }
-  __m512 finish(__m512 total, const float*) const {
-    return _mm512_mul_ps(total, _mm512_set1_ps(scale));
-  }
 };
 
 struct Int4Row {
   const uint8_t* codes;
-  int64_t groups;
-  const uint16_t *scale, *zero;
+  const uint16_t *own, *zero;
+  static constexpr float scale = 1;
 
   Int4Row() = default;
   Int4Row(const Stack& s, int64_t row, const Table*)
       : codes(s.codes + row * (s.k / 2)),
-        groups(s.groups()),
-        scale(static_cast<const uint16_t*>(s.scale) + row * groups),
-        zero(static_cast<const uint16_t*>(s.aux) + row * groups) {}
+        own(static_cast<const uint16_t*>(s.scale) + row * s.groups()),
+        zero(static_cast<const uint16_t*>(s.aux) + row * s.groups()) {}
   template <bool IS_EDGE>
   void load(int64_t i, int64_t count, __m512i plane[2]) const {
     const uint8_t* at = codes + 64 * i;
@@ -86,135 +80,153 @@ struct Int4Row {
     plane[0] = _mm512_and_si512(code, low);
     plane[1] = _mm512_and_si512(_mm512_srli_epi16(code, 4), low);
   }
-  __m512 lanes(int64_t i) const { return _mm512_set1_ps(widen(scale[i])); }
-  __m512 finish(__m512 total, const float* sum) const {
-    for (int64_t g = 0; g < groups; g += 16) {
-      const __mmask16 mask = __mmask16(first_bytes(std::min<int64_t>(16, groups - g)));
-      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, zero + g));
-      const __m512 z = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-      total = _mm512_fmadd_ps(z, _mm512_maskz_loadu_ps(mask, sum + g), total);
-    }
-    return total;
+  __m512 scales(int64_t g, __mmask16 mask) const { return widen16(own + g, mask); }
+  // What a group's values are multiplied with beside their codes: these are not below zero.
+  __m512 offsets(int64_t g, __mmask16 mask, __m512 scales) const {
+    return _mm512_fnmadd_ps(_mm512_set1_ps(8), scales, widen16(zero + g, mask));
   }
 };
 
 struct Tcq2Row {
   const Table* table;
-  const uint8_t* codes;
-  int64_t groups;
-  const uint8_t* local;
+  const uint8_t *codes, *local;
   float scale;
-  __m512 near;  // the local scales of 16 groups, two of which are a step
 
   Tcq2Row() = default;
   Tcq2Row(const Stack& s, int64_t row, const Table* t)
       : table(t),
         codes(s.codes + row * (s.k / 4)),
-        groups(s.groups()),
-        local(static_cast<const uint8_t*>(s.aux) + row * groups),
-        scale(static_cast<const float*>(s.scale)[row]) {}
+        local(static_cast<const uint8_t*>(s.aux) + row * s.groups()),
+        scale(s.row_scale(row)) {}
   template <bool IS_EDGE>
   void load(int64_t i, int64_t count, __m512i plane[4]) const {
     const uint8_t* at = codes + 64 * i;
-    __m512i code, before;
-    if (IS_EDGE) {
-      const __mmask64 mask = first_bytes(count);
-      code = _mm512_maskz_loadu_epi8(mask, at);
-      before = _mm512_maskz_loadu_epi8(i ? mask : mask & ~1ull, at - 1);  // before a row is a zero
-    } else {
-      code = _mm512_loadu_si512(at);
-      before = _mm512_loadu_si512(at - 1);
-    }
+    const __mmask64 mask = IS_EDGE ? first_bytes(count) : ~0ull;
+    const __m512i code = _mm512_maskz_loadu_epi8(mask, at);
+    const __m512i before = _mm512_maskz_loadu_epi8(i ? mask : mask & ~1ull, at - 1);  // a row has a zero before it
     __m512i state[4];
     states_by_plane(code, before, state);
     for (int p = 0; p < 4; ++p) plane[p] = (*table)(state[p]);
   }
-  __m512 lanes(int64_t i) {
-    if (i % 8 == 0) {
-      const int64_t left = std::min<int64_t>(16, groups - 2 * i);
-      const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16(first_bytes(left)), local + 2 * i);
-      near = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-    }
-    return _mm512_permutexvar_ps(_mm512_load_si512(SPREAD + 16 * (i % 8)), near);
-  }
-  __m512 finish(__m512 total, const float*) const {
-    return _mm512_mul_ps(total, _mm512_set1_ps(scale));
+  __m512 scales(int64_t g, __mmask16 mask) const {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, local + g)));
   }
 };
 
-// R rows of the matrix times M rows of x, over all steps.
+#define INLINE inline __attribute__((always_inline))
+
+// R rows of a matrix at a time, times M rows of x.
 template <int F, class Row, int R, int M>
 struct Product {
-  Row* row;
-  const Laid<F>& x;
-  int64_t start[M];
-  __m512 total[R][M];
+  using S = Shape<F>;
+  static constexpr int parts = S::width / S::group, block = 16 / parts;  // groups, steps
+  const int64_t row_bytes, groups;
+  const int8_t* bytes[M];
+  const int32_t* correction[M];
+  const float *scale[M], *sum[M];
 
-  Product(Row* row, const Laid<F>& x, const int32_t* index) : row(row), x(x) {
-    for (int m = 0; m < M; ++m) start[m] = index[m] * x.steps;
-    for (auto& of_row : total)
-      for (auto& lanes : of_row) lanes = _mm512_setzero_ps();
+  Product(const Stack& s, const Laid<F>& x, const int32_t* index)
+      : row_bytes(s.row_bytes()), groups(std::min(s.groups(), x.groups)) {
+    for (int m = 0; m < M; ++m) {
+      bytes[m] = x.bytes + index[m] * x.steps * S::planes * 128;
+      correction[m] = x.correction + index[m] * x.steps * 16;
+      scale[m] = x.scale + index[m] * x.groups;
+      sum[m] = x.sum + index[m] * x.groups;
+    }
   }
 
-  template <bool IS_EDGE>
-  void step(int64_t i, int64_t count) {
-    constexpr int P = Shape<F>::planes;
-    __m512i plane[R][P];
-    __m512 lanes[R];
+  // Of a row of the matrix and one of x.
+  struct Pair {
+    __m512 total = _mm512_setzero_ps();
+    alignas(64) float unit[16];  // of a row's group times that of x, for the groups of a block
+  };
+
+  // The units from group g on, and what INT4's offsets add.
+  INLINE void begin(const Row row[R], int64_t g, Pair pair[R][M]) const {
+    const __mmask16 mask = __mmask16(first_bytes(std::min<int64_t>(16, groups - g)));
     for (int r = 0; r < R; ++r) {
-      for (int line = 0; line < Shape<F>::codes; line += 64)
-        _mm_prefetch(row[r].codes + Shape<F>::codes * i + line + AHEAD, _MM_HINT_T1);
-      row[r].template load<IS_EDGE>(i, count, plane[r]);
-      lanes[r] = row[r].lanes(i);
-    }
-    for (int m = 0; m < M; ++m) {
-      const int64_t at = start[m] + i;
-      const int8_t* bytes = x.bytes + at * P * 128;
-      const __m512 scale = _mm512_load_ps(x.scale + at * 16);
-      for (int r = 0; r < R; ++r) {
-        __m512i high = _mm512_setzero_si512(), low = _mm512_load_si512(x.correction + at * 16);
-        for (int p = 0; p < P; ++p) {
-          high = _mm512_dpbusd_epi32(high, plane[r][p], _mm512_load_si512(bytes + 128 * p));
-          low = _mm512_dpbusd_epi32(low, plane[r][p], _mm512_load_si512(bytes + 128 * p + 64));
-        }
-        const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-        const __m512 unit = F == INT8 ? scale : _mm512_mul_ps(lanes[r], scale);
-        total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), unit, total[r][m]);
+      const __m512 scales = row[r].scales(g, mask);
+      for (int m = 0; m < M; ++m) {
+        Pair& at = pair[r][m];
+        _mm512_store_ps(at.unit, _mm512_mul_ps(scales, _mm512_maskz_loadu_ps(mask, scale[m] + g)));
+        if constexpr (F == INT4)
+          at.total = _mm512_fmadd_ps(
+              row[r].offsets(g, mask, scales), _mm512_maskz_loadu_ps(mask, sum[m] + g), at.total);
       }
     }
   }
 
-  void run(int64_t row_bytes, uint16_t* out, int64_t n) {
-    constexpr int64_t width = Shape<F>::codes;
-    const int64_t whole = row_bytes / width;
-    step<true>(0, row_bytes);
-    for (int64_t i = 1; i < whole; ++i) step<false>(i, width);
-    if (row_bytes % width && whole) step<true>(whole, row_bytes % width);
-    for (int m = 0; m < M; ++m) {
-      const float* sum = x.sum + start[m] / x.steps * x.groups;
-      for (int r = 0; r < R; ++r)
-        out[m * n + r] = narrow(_mm512_reduce_add_ps(row[r].finish(total[r][m], sum)));
+  template <bool IS_EDGE>
+  INLINE void step(const Row row[R], int64_t i, Pair pair[R][M]) const {
+    __m512i plane[R][S::planes];
+    for (int r = 0; r < R; ++r) {
+      for (int line = 0; line < S::codes; line += 64)
+        _mm_prefetch(row[r].codes + S::codes * i + line + AHEAD, _MM_HINT_T1);
+      row[r].template load<IS_EDGE>(i, row_bytes - i * S::codes, plane[r]);
     }
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) {
+        const float* own = F == INT8 ? scale[m] + i : pair[r][m].unit + i % block * parts;
+        __m512 unit = _mm512_set1_ps(own[0]);
+        if constexpr (parts == 2) unit = _mm512_mask_blend_ps(0xFF00, unit, _mm512_set1_ps(own[1]));
+        const __m512 whole = _mm512_cvtepi32_ps(dot(plane[r], m, i));
+        pair[r][m].total = _mm512_fmadd_ps(whole, unit, pair[r][m].total);
+      }
+  }
+
+  INLINE __m512i dot(const __m512i plane[S::planes], int m, int64_t i) const {
+    const int8_t* at = bytes[m] + i * S::planes * 128;
+    __m512i high = _mm512_setzero_si512(), low = high;
+    if constexpr (F != INT4) low = _mm512_load_si512(correction[m] + i * 16);
+    for (int p = 0; p < S::planes; ++p) {
+      high = _mm512_dpbusd_epi32(high, plane[p], _mm512_load_si512(at + 128 * p));
+      low = _mm512_dpbusd_epi32(low, plane[p], _mm512_load_si512(at + 128 * p + 64));
+    }
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+  }
+
+  // To R columns of M rows of `out` [.., n].
+  INLINE void run(const Row row[R], uint16_t* out, int64_t n) const {
+    const int64_t whole = row_bytes / S::codes, all = (row_bytes + S::codes - 1) / S::codes;
+    Pair pair[R][M];
+    for (int64_t first = 0; first < all; first += block) {
+      if constexpr (F != INT8) begin(row, first * parts, pair);
+      const int64_t end = std::min(whole, first + block);
+      for (int64_t i = first; i < end; ++i) step<false>(row, i, pair);
+      if (end == whole && whole < all) step<true>(row, whole, pair);
+    }
+    for (int m = 0; m < M; ++m, out += n)
+      if constexpr (R == 4) {
+        const __m128 scale = _mm_setr_ps(row[0].scale, row[1].scale, row[2].scale, row[3].scale);
+        const __m128 total =
+            sums(pair[0][m].total, pair[1][m].total, pair[2][m].total, pair[3][m].total);
+        store4(_mm_mul_ps(total, scale), out);
+      } else {
+        for (int r = 0; r < R; ++r)
+          out[r] = narrow(_mm512_reduce_add_ps(pair[r][m].total) * row[r].scale);
+      }
   }
 };
 
-// R rows of the matrix from row j on, M rows of x from row m on.
+// Rows j, .. of the matrix, R at a time as long as there are so many, times M rows of x from m on.
 template <int F, class Row, int R, int M>
-void product(
-    const Stack& s, const Laid<F>& x, const Table* table, const Part& part, int64_t m, int64_t j) {
-  Row rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = Row(s, part.expert * s.n + j + r, table);
-  Product<F, Row, R, M>(rows, x, part.index + m).run(s.row_bytes(), part.out + m * s.n + j, s.n);
+void products(
+    const Stack& s, const Laid<F>& x, const Table* table, const Part& part, int64_t m, int64_t& j) {
+  const Product<F, Row, R, M> product(s, x, part.index + m);
+  for (; j + R <= part.end; j += R) {
+    Row rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = Row(s, part.expert * s.n + j + r, table);
+    product.run(rows, part.out + m * s.n + j, s.n);
+  }
 }
 
 template <int F, class Row, int M>
 void tile(const Stack& s, const Laid<F>& x, const Table* table, const Part& part, int64_t m) {
   int64_t j = part.begin;
   // What is loaded of one row of x serves four of a matrix, where registers suffice.
-  if (M == 1 && F != TCQ2)
-    for (; j + 4 <= part.end; j += 4) product<F, Row, 4, M>(s, x, table, part, m, j);
-  for (; j + 2 <= part.end; j += 2) product<F, Row, 2, M>(s, x, table, part, m, j);
-  for (; j < part.end; ++j) product<F, Row, 1, M>(s, x, table, part, m, j);
+  if (M == 1 && F != TCQ2) products<F, Row, 4, M>(s, x, table, part, m, j);
+  products<F, Row, 2, M>(s, x, table, part, m, j);
+  products<F, Row, 1, M>(s, x, table, part, m, j);
 }
 
 template <int F, class Row>
