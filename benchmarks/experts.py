@@ -4,7 +4,8 @@ One layer at the published geometry: 64 experts of hidden 2560 and the text or v
 6 of them a token. Decode reads the chosen experts' weights once for a few tokens, so it is held
 against the rate at which this machine reads memory; prefill computes, so it is held against torch's
 bfloat16 products with as many rows, and with so many that nothing but computing counts. All of them
-are timed in turns: a shared machine's rates are others a minute later.
+are timed in turns, and a ratio is the median of those of the turns: a shared machine's rates are
+others a second later.
 """
 
 from __future__ import annotations
@@ -95,26 +96,30 @@ def _measure(
         torch.randn(rows, HIDDEN).bfloat16()
         for rows in (max(1, tokens * TOP_K // EXPERTS), LARGE_ROWS)
     )
-    seconds, reading, product, large = _medians(
+    seconds, reading, product, large = _timed(
         lambda: [shard_partial(hidden, next(turns), share, weights) for _ in burst],
         data.sum,
         lambda: [F.linear(some, matrix) for matrix in matrices],
         lambda: [F.linear(many, matrix) for matrix in matrices],
     )
-    seconds /= len(burst)
     weight_bytes = (weights.gate_up.nbytes + weights.down.nbytes) * num_chosen / EXPERTS
     num_weights = math.prod(weights.gate_up.shape) + math.prod(weights.down.shape)
-    operations = 2 * tokens * TOP_K * num_weights
-    rates = [2 * len(x) * matrices.numel() / s for x, s in ((some, product), (many, large))]
+    rate = [2 * tokens * TOP_K * num_weights * len(burst) / s for s in seconds]
+    read = [weight_bytes * len(burst) / s for s in seconds]
+    reads = [READ_BYTES / s for s in reading]
+    few, most = (
+        [2 * len(x) * matrices.numel() / s for s in all_s]
+        for x, all_s in ((some, product), (many, large))
+    )
     return {
-        "ms": seconds * 1e3,
+        "ms": statistics.median(seconds) / len(burst) * 1e3,
         "experts": num_chosen,
-        "read_bytes_per_s": READ_BYTES / reading,
-        "of_bandwidth": weight_bytes / seconds * reading / READ_BYTES,
-        "product_operations_per_s": rates[0],
-        "of_product": operations / seconds / rates[0],
-        "large_product_operations_per_s": rates[1],
-        "of_large_product": operations / seconds / rates[1],
+        "read_bytes_per_s": statistics.median(reads),
+        "of_bandwidth": _ratio(read, reads),
+        "product_operations_per_s": statistics.median(few),
+        "of_product": _ratio(rate, few),
+        "large_product_operations_per_s": statistics.median(most),
+        "of_large_product": _ratio(rate, most),
     }
 
 
@@ -165,11 +170,16 @@ def _encode_rate(report: Callable[[str], None]) -> dict[str, float]:
 
 def _median(call: Callable[[], object]) -> float:
     """Seconds."""
-    return _medians(call)[0]
+    return statistics.median(_timed(call)[0])
 
 
-def _medians(*calls: Callable[[], object]) -> list[float]:
-    """Seconds of each, all in turns."""
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of the turns' ratios."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _timed(*calls: Callable[[], object]) -> list[list[float]]:
+    """Seconds of each in every turn."""
     seconds: list[list[float]] = [[] for _ in calls]
     with torch.inference_mode():
         for turn in range(REPEATS + 1):
@@ -178,7 +188,7 @@ def _medians(*calls: Callable[[], object]) -> list[float]:
                 call()
                 if turn:  # the first is not counted
                     taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+    return seconds
 
 
 def _bytes(*shape: int) -> torch.Tensor:

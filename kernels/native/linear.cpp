@@ -103,7 +103,8 @@ struct Tcq2Row {
     const uint8_t* at = codes + 64 * i;
     const __mmask64 mask = IS_EDGE ? first_bytes(count) : ~0ull;
     const __m512i code = _mm512_maskz_loadu_epi8(mask, at);
-    const __m512i before = _mm512_maskz_loadu_epi8(i ? mask : mask & ~1ull, at - 1);  // a row has a zero before it
+    // Before a row is a zero.
+    const __m512i before = _mm512_maskz_loadu_epi8(i ? mask : mask & ~1ull, at - 1);
     __m512i state[4];
     states_by_plane(code, before, state);
     for (int p = 0; p < 4; ++p) plane[p] = (*table)(state[p]);

@@ -9,12 +9,14 @@ from pathlib import Path
 from chiasm import cores
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_bf16", "amx_int8")
+"""Instructions that products take."""
 
 
 def describe() -> dict[str, object]:
     """Processor, cores, memory and versions, as far as the system tells."""
     return {
-        "processor": _field("/proc/cpuinfo", "model name") or platform.processor(),
+        "processor": _processor(),
         "cores": cores.usable(),
         "memory": _field("/proc/meminfo", "MemTotal"),
         "gpu": _gpu(),
@@ -22,6 +24,19 @@ def describe() -> dict[str, object]:
         "torch": version("torch"),
         "grpcio": version("grpcio"),
     }
+
+
+def _processor() -> str:
+    """Its name, which hosts of virtual machines often hide, and what tells it all the same."""
+    name = _cpu("model name") or platform.processor()
+    numbers = [f"{key} {value}" for key in ("cpu family", "model") if (value := _cpu(key))]
+    flags = set(_cpu("flags").split())
+    has = [flag for flag in _FLAGS if flag in flags]
+    return ", ".join([name, *numbers, *has])
+
+
+def _cpu(name: str) -> str:
+    return _field("/proc/cpuinfo", name)
 
 
 def _gpu() -> str:
