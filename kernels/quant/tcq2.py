@@ -28,16 +28,18 @@ _MAX_LOCAL = 255
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> Tcq2Matrices:
-    """weight: float [E, N, K], K a multiple of 4.
+    """weight: float [E, N, K], K a multiple of 4; what becomes of it is on its device.
 
     importance: [K], above zero, weighs the squared errors, as the mean square of each input does;
-    None is all one. Raises InvalidArgument for another K.
+    None is all one. On another device sums may round otherwise, and so the scales. Raises
+    InvalidArgument for another K.
     """
     num_experts, n, k = weight.shape
     if k % SYMBOLS_PER_BYTE:
         raise InvalidArgument("weight", f"tcq2 takes a multiple of 4 inputs, not {k}")
-    table = load()
-    heed = torch.ones(k) if importance is None else importance.float() / importance.float().mean()
+    table = load().to(weight.device)
+    importance = torch.ones(k, device=weight.device) if importance is None else importance.float()
+    heed = importance / importance.mean()
     rows = weight.float().reshape(-1, k)
     # In units of its largest value a row is neither too small nor too large to be squared.
     largest = rows.abs().amax(dim=-1)
@@ -58,8 +60,9 @@ def paths(
     """uint8 [R, K/4]: of every row the symbols of least sum of heed * (w - level * local)^2.
 
     rows: float32 [R, K] in units of the row's scale; local: uint8 [R, groups]; heed: float32 [K].
+    All on one device, and the same bits on each.
     """
-    library = native.library()
+    library = native.library() if rows.device.type == "cpu" else None
     if library is None:
         return reference_paths(rows, local, heed, table)
     rows, local, heed, table = (t.contiguous() for t in (rows, local, heed, table))
@@ -78,9 +81,9 @@ def reference_paths(
 ) -> torch.Tensor:
     """`paths` in plain torch, all rows at once; the specification, bit for bit."""
     num_rows, k = rows.shape
-    cost = torch.full((num_rows, _STATES), torch.inf)
+    cost = rows.new_full((num_rows, _STATES), torch.inf)
     cost[:, 0] = 0  # the register begins with zeros
-    choices = torch.empty(k, num_rows, _TAILS, dtype=torch.uint8)
+    choices = local.new_empty(k, num_rows, _TAILS)
     for t in range(k):
         # The states p * 64 + q, p = 0..3, lead to the states 4 q + symbol.
         choices[t], best = _least(cost.view(num_rows, 4, _TAILS))
@@ -88,7 +91,7 @@ def reference_paths(
         error = rows[:, t, None] - level.float()
         cost = best.repeat_interleave(4, dim=1) + error * error * heed[t]
     state = cost.argmin(dim=1)
-    states = torch.empty(num_rows, k, dtype=torch.uint8)
+    states = local.new_empty(num_rows, k)
     for t in reversed(range(k)):
         states[:, t] = state
         tail = state >> 2
@@ -116,7 +119,7 @@ def states(codes: torch.Tensor) -> torch.Tensor:
 def _scales(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """row float32 [R] and local uint8 [R, groups]: local * row * level is near the weights."""
     squares = _group_sums(rows.square())
-    counts = _group_sums(torch.ones(1, rows.shape[-1]))
+    counts = _group_sums(rows.new_ones(1, rows.shape[-1]))
     wanted = (squares / counts).sqrt() * (SPREAD * STEP)
     row = wanted.amax(dim=-1) / _MAX_LOCAL
     return row, _local(wanted, row)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chiasm.kernels import native
-from chiasm.kernels.quant import table, tcq2
+from chiasm.kernels.quant import cpu, table, tcq2
 from chiasm.kernels.quant.formats import per_weight
 
 
@@ -51,6 +51,19 @@ def test_bytes_hold_the_symbols_first_one_highest(seed: int) -> None:
     codes = (symbols.view(5, 16, 4) << shifts).sum(dim=-1).to(torch.uint8)
     expected = [walk(row) for row in symbols.tolist()]
     assert tcq2.states(codes).tolist() == expected
+
+
+def test_an_encoded_matrix_is_the_walk_of_its_symbols() -> None:
+    """From the bytes alone, by the definition: symbols, trellis, table, scales."""
+    weight = torch.randn(1, 32, 2560, generator=torch.Generator().manual_seed(5))
+    coded = tcq2.encode(weight)
+    symbols = (coded.codes[0, :, :, None].int() >> torch.tensor([6, 4, 2, 0])) & 3
+    states = torch.tensor([walk(row) for row in symbols.flatten(1).tolist()])  # [32, 2560]
+    local = coded.local[0, :, torch.arange(2560) // 128].int()
+    expected = (coded.table.int()[states] * local).float() * coded.row[0, :, None]
+    assert torch.equal(coded.dequantize(0, torch.float32), expected)
+    assert torch.equal(cpu.widened(coded, 0, torch.float32), expected)
+    assert (expected - weight[0]).square().mean() < 0.081
 
 
 @pytest.mark.parametrize(
@@ -105,3 +118,31 @@ def test_without_a_compiler_the_result_is_the_same(monkeypatch: pytest.MonkeyPat
     plain = tcq2.encode(weight)
     for field in ("codes", "local", "row"):
         assert torch.equal(getattr(compiled, field), getattr(plain, field))
+
+
+def test_the_search_stays_on_the_device_of_its_weights() -> None:
+    """`meta` has no memory: to read it, or to mix it with the CPU's, fails."""
+    given = [tensor.to("meta") for tensor in problem(6, 132, 5)]
+    found = tcq2.paths(*given)
+    assert (found.device.type, found.shape) == ("meta", (6, 33))
+    weight = torch.empty(2, 6, 132, device="meta")
+    for importance in (None, torch.empty(132, device="meta")):
+        coded = tcq2.encode(weight, importance)
+        tensors = (coded.codes, coded.local, coded.row, coded.table)
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_gpu_takes_the_same_paths(seed: int) -> None:
+    given = problem(70, 516, seed)
+    found = tcq2.paths(*(tensor.cuda() for tensor in given))
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), tcq2.paths(*given))
+    weight = torch.randn(1, 40, 384, generator=torch.Generator().manual_seed(seed))
+    mine, theirs = tcq2.encode(weight), tcq2.encode(weight.cuda())
+    errors = [
+        float((m.dequantize(0, torch.float32).cpu() - weight[0]).square().mean())
+        for m in (mine, theirs)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)  # sums round otherwise there
