@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from safetensors.torch import load_file
 from chiasm.errors import InvalidArgument
 from chiasm.kernels.quant import int8
 from chiasm.kernels.quant.wint2 import Wint2Matrices
+from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
-from chiasm.model.quantization import KEY
+from chiasm.model.expert_weights import DOWN, GATE_UP, Bank
+from chiasm.model.quantization import KEY, ExpertFormat
+from chiasm.model.stream import tensor_bytes
 from chiasm.model.synth import PRESETS, synthesize
+from chiasm.model.synth_tokenizer import train
+from chiasm.model.writer import write_description
 from chiasm.types import Modality
 
 TEXT = Modality.TEXT
@@ -85,6 +91,26 @@ def test_wint2_layers_are_read_and_the_others_as_they_are(
         bank(tmp_path / "narrow", TEXT)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_a_released_checkpoint_has_in_wint4_and_wint8_is_refused_by_name(
+    tmp_path: Path, dense: bool
+) -> None:
+    synthesize(tmp_path / "hub", preset=wide(num_layers=5))
+    to_paddle(tmp_path / "hub", tmp_path / "paddle")
+    wint2_files.rewrite(tmp_path / "paddle", first_layer=3)
+    wint2_files.add_wint4_and_wint8(tmp_path / "paddle", first_layer=3, dense=dense)
+    config = ModelConfig.load(tmp_path / "paddle")
+    with pytest.raises(InvalidArgument) as refusal:
+        Checkpoint(tmp_path / "paddle", config)
+    assert refusal.value.field == "config.json:quantization_config"
+    found = re.search(r"layers (\S+) to (\S+) are in wint4 \((\S+)\)", str(refusal.value))
+    assert found is not None
+    assert found[1] == "1"
+    assert found[2] == "2"
+    assert re.fullmatch(r"ernie\.layers\.1\.mlp\.experts\.\d+\.\w+_proj\.quant_weight", found[3])
+    assert ("layers 0 to 4 are in wint8 (ernie.layers.0." in str(refusal.value)) is dense
+
+
 def test_rotation_that_does_not_fit_is_refused_when_it_is_read(
     tmp_path: Path,
 ) -> None:
@@ -138,8 +164,17 @@ def test_synthetic_dense_weights_in_int8(experts: str, tmp_path: Path) -> None:
         synthesize(tmp_path / "wrong", dense="tcq2")
 
 
-def test_the_published_geometry_in_low_precision() -> None:
-    """27 layers of 64 text and 64 vision experts in two bits are some 7 GB."""
-    text = PRESETS["ernie-4.5-vl-28b-a3b"]
-    weights = 27 * 64 * 3 * text.hidden_size * (text.text_intermediate + text.vision_intermediate)
-    assert 27.1e9 < weights < 27.3e9
+def test_the_published_geometry_in_low_precision(tmp_path: Path) -> None:
+    """All experts in two bits are some 7 GB: summed over their tensors, none of which is made."""
+    preset = PRESETS["ernie-4.5-vl-28b-a3b"]
+    config = write_description(tmp_path, preset, train(preset.num_bpe_tokens), dtype="bfloat16")
+    num_bytes = num_weights = 0
+    for layer in config.text.moe_layers:
+        for modality in Modality:
+            held = Bank.to_encode(config, layer, modality, ExpertFormat("tcq2"))
+            num_bytes += sum(tensor_bytes(*entry) for entry in held.layout().values())
+            shapes = (held.shape(projection) for projection in (GATE_UP, DOWN))
+            num_weights += config.text.num_experts * sum(n * k for n, k in shapes)
+    assert 27.1e9 < num_weights < 27.3e9
+    assert 7.0e9 < num_bytes < 7.2e9
+    assert 2.08 <= 8 * num_bytes / num_weights <= 2.13

@@ -39,6 +39,24 @@ def random_matrix(k: int, n: int, seed: int) -> Stored:
     }
 
 
+def add_wint4_and_wint8(directory: Path, first_layer: int, *, dense: bool) -> None:
+    """Stores the experts before a layer as WINT4 of a released checkpoint, and with `dense` the
+    matrices that every token goes through as WINT8: FastDeploy's names, and shapes as they come
+    from its weight_quantize."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in [n for n in tensors if ".layers." in n and n.endswith("_proj.weight")]:
+        is_expert = ".mlp.experts." in name
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        if layer < first_layer if is_expert else dense:
+            k, n = tensors.pop(name).shape
+            prefix = name.removesuffix("weight")
+            codes = torch.zeros(n // 2 if is_expert else n, k, dtype=torch.int8)
+            tensors[f"{prefix}quant_weight"] = codes
+            tensors[f"{prefix}weight_scale"] = torch.ones(n)
+    save_file(tensors, file)
+
+
 def rewrite(directory: Path, first_layer: int) -> None:
     """Replaces the experts of a -Paddle checkpoint from a layer on; says so in its config.json."""
     file = directory / "model.safetensors"

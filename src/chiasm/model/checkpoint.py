@@ -35,8 +35,8 @@ class Checkpoint:
     With `verified` each file is compared with the manifest's checksum before it is first read,
     unless it is one of these; it is one of them then, for the next who opens the checkpoint. Raises
     NotFound when the directory has no weights, or with `verified` no manifest, InvalidArgument when
-    their format or layout is not supported and DataLoss when a file is cut short or fails its
-    checksum.
+    their format, layout or precision is not supported and DataLoss when a file is cut short or
+    fails its checksum.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Checkpoint:
         self.config = config
         self._open: dict[Path, Any] = {}
         self._files = self._locate(directory)
+        config.quantization.check_stored(self._files)
         self._naming = detect(config, self._files.keys(), self._shape_at_hand)
 
     def has(self, name: str) -> bool:

@@ -3,15 +3,17 @@ language model's other matrices. Needs no torch.
 
 Two blocks of config.json are read: `chiasm_quantization`, which `chiasm convert` writes, and the
 `quantization_config` of Baidu's WINT2 checkpoints. Of the latter the WINT2 layers are read; layers
-and dense weights in its other formats are not.
+and dense weights in its other formats are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from chiasm.errors import InvalidArgument
 from chiasm.model.section import Section
 from chiasm.types import Modality
 
@@ -26,7 +28,8 @@ WRITTEN_DENSE = ("int8",)
 STORED = "stored"
 """As the checkpoint has them: float32 or bfloat16."""
 
-_WINT2 = "wint2"
+_WINT2, _WINT4, _WINT8 = "wint2", "wint4", "wint8"
+_BAIDU_CODES = re.compile(r"\.layers\.(\d+)\..*\.quant_weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,35 @@ class Quantization:
             "dense": self.dense,
         }
 
+    def check_stored(self, names: Iterable[str]) -> None:
+        """Raises InvalidArgument, with formats and layers, for tensors that are stored as Baidu's
+        WINT2 checkpoints have those that are not WINT2: experts of the first layers in WINT4, the
+        matrices that every token goes through in WINT8.
+
+        names: stored ones.
+        """
+        if all(form.precision != _WINT2 for form in self.formats.values()):
+            return
+        found: dict[str, dict[int, str]] = {}  # format -> layer -> one of its tensors
+        for name in names:
+            if match := _BAIDU_CODES.search(name):
+                layer, is_expert = int(match[1]), ".mlp.experts." in name
+                if not is_expert or self.of(layer, Modality.TEXT).precision != _WINT2:
+                    found.setdefault(_WINT4 if is_expert else _WINT8, {})[layer] = name
+        if found:
+            raise InvalidArgument(
+                f"config.json:{BAIDU_KEY}",
+                f"{' and '.join(_told(*entry) for entry in sorted(found.items()))}: that is the "
+                "layout of FastDeploy's GPU kernels and is not read; convert from full width",
+            )
+
+
+def _told(form: str, tensors: Mapping[int, str]) -> str:
+    """One format's layers, with a tensor of the first of them."""
+    first, last = min(tensors), max(tensors)
+    layers = f"layer {first} is" if first == last else f"layers {first} to {last} are"
+    return f"{layers} in {form} ({tensors[first]})"
+
 
 def read(root: Section, num_layers: int) -> Quantization:
     """The block of a config.json. Raises InvalidArgument for one that cannot be read."""
@@ -120,6 +152,8 @@ def _baidu(block: Section, num_layers: int) -> Quantization:
     experts = block.section("moe_quant_config")
     wint4, wint2 = (experts.section(f"moe_{w}_quant_config") for w in ("w4", "w2"))
     wint2.require("quant_type", _WINT2)
+    wint4.require("quant_type", _WINT4)
+    block.require("dense_quant_type", _WINT8)
     first = wint2.integer("quant_start_layer", 0, low=0)
     if wint4.has("quant_end_layer"):
         first = max(first, wint4.integer("quant_end_layer", low=0) + 1)
