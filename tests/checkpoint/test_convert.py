@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint import untrained
 from checkpoint.banks import bank, matrices, wide
 from safetensors.torch import load_file, save_file
 
@@ -202,7 +203,8 @@ def test_one_bank_may_stay_as_it_is(tiny_checkpoint: Path, tmp_path: Path) -> No
 
 def test_rotated(tmp_path: Path, tiny_checkpoint: Path) -> None:
     synthesize(tmp_path / "wide", preset=wide())
-    convert(tmp_path / "wide", tmp_path / "out", Options(text_experts="tcq2", is_rotated=True))
+    options = Options(text_experts="tcq2", first_layers=0, is_rotated=True)
+    convert(tmp_path / "wide", tmp_path / "out", options)
     assert isinstance(matrices(bank(tmp_path / "out", TEXT), 1)[0], RotatedMatrices)
     for error in relative_errors(tmp_path / "out", tmp_path / "wide", 1, TEXT):
         assert 0.2 < error < RELATIVE_ERRORS["tcq2"]
@@ -347,14 +349,7 @@ def test_quality_of_a_conversion_and_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a model with the bundled one's tokenizer, untrained: numbers, not their size, count."""
-    from train_models import new_model, short_preset
-
-    from chiasm.training.export import export
-
-    preset = short_preset(1, 1, 1, 1)
-    model = new_model(tmp_path / "description", preset)
-    weights = dict(model.named_parameters())
-    export(model, weights, tmp_path / "description", tmp_path / "model", shard_bytes=1 << 30)
+    untrained.write(tmp_path)
     models: list[weakref.ref[WholeModel]] = []
 
     def load(*args: Any) -> WholeModel:
@@ -374,7 +369,7 @@ def test_quality_of_a_conversion_and_calibration(
         assert heed is not None
         assert heed.shape == (width,)
         assert (heed > 0).all()
-    stream.run(made, tmp_path / "out", importance=squares.importance)
+    stream.run(made, tmp_path / "out", calibrated=lambda: squares.importance)
     same = quality.compare(tmp_path / "model", tmp_path / "model", 2, tasks=["copy"])["copy"]
     assert (same.agreement, same.mean_divergence) == (1, 0)
     found = quality.compare(tmp_path / "model", tmp_path / "out", 2, tasks=["copy", "digits"])

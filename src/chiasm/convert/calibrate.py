@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import structlog
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +21,10 @@ from chiasm.model.moe import Dispatch
 from chiasm.training.data.encode import Encoder
 from chiasm.training.data.stream import Stream
 from chiasm.types import Modality
+
+log = structlog.get_logger()
+
+DTYPE = torch.float32
 
 MIN_TOKENS = 64
 """Fewer tell little of an expert's inputs."""
@@ -68,8 +73,9 @@ class Squares:
 
 
 def collect(directory: Path, num_samples: int) -> Squares:
-    """Runs `num_samples` training questions through the model in full width."""
-    model = WholeModel(directory, torch.float32)
+    """Runs `num_samples` training questions through the whole model, in DTYPE."""
+    log.info("calibrating", questions=num_samples)
+    model = WholeModel(directory, DTYPE)
     squares = Squares()
 
     def add(dispatch: Dispatch) -> None:

@@ -20,6 +20,10 @@ _ENCODERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor | None], ExpertMatr
     "int4": int4.encode,
     "tcq2": tcq2.encode,
 }
+WEIGHED = ("int4", "tcq2")
+"""Those whose errors may be weighed by the inputs."""
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +55,29 @@ class Cost:
 
 
 def encode(
-    weight: torch.Tensor, form: ExpertFormat, importance: torch.Tensor | None, *, name: str
+    weight: torch.Tensor,
+    form: ExpertFormat,
+    importance: torch.Tensor | None,
+    *,
+    name: str,
+    device: torch.device = CPU,
 ) -> tuple[dict[str, torch.Tensor], Cost]:
-    """weight [N, K] -> tensors by field, and the cost.
+    """weight [N, K] -> tensors by field, in the CPU's memory, and the cost.
 
-    importance: float32 [K], the mean squares of the inputs, or None. Raises DataLoss, with the
-    matrix's name, where a weight is not a finite number: codes would make one of it.
+    importance: float32 [K], the mean squares of the inputs, or None. device: where it is done.
+    Raises DataLoss, with the matrix's name, where a weight is not a finite number: codes would make
+    one of it.
     """
+    weight = weight.to(device).float()
+    importance = None if importance is None else importance.to(device)
     if not weight.isfinite().all():
         raise DataLoss(f"{name} has weights that are not finite", reason="CHECKPOINT_CORRUPT")
-    weight = weight.float()
     target = weight
     if form.is_rotated:
         target = rotate(weight)
         importance = None if importance is None else _mixed(importance)
     matrices = _ENCODERS[form.precision](target[None], importance)
-    tensors = {field: getattr(matrices, field)[0] for field in FIELDS[form.precision]}
+    tensors = {field: getattr(matrices, field)[0].cpu() for field in FIELDS[form.precision]}
     # The rotation keeps lengths, so the error is the same before it and after it.
     error = cpu.widened(matrices, 0, torch.float32) - target
     cost = Cost(

@@ -32,20 +32,25 @@ from chiasm.types import Modality
 
 VERSION = 1
 PRECISIONS = (STORED, *WRITTEN)
+"""The one of most bits first."""
+
+_FIRST_PART = 8
+"""By default one in so many layers of a bank in two bits, rounded up, is kept wider."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Precisions by bank; the first layers, which suffer most, may have their own.
 
-    dense: of the language model's matrices that every token goes through. is_rotated: rotate the
-    inputs of tcq2 matrices. num_calibration: questions whose activations weigh the errors of int4
-    and tcq2; 0: none.
+    first_layers: of every bank that is converted; None: an eighth of those of a bank in tcq2,
+    rounded up, and none of other banks. dense: of the language model's matrices that every token
+    goes through. is_rotated: rotate the inputs of tcq2 matrices. num_calibration: questions whose
+    activations weigh the errors of int4 and tcq2; 0: none.
     """
 
     text_experts: str = STORED
     vision_experts: str = STORED
-    first_layers: int = 0
+    first_layers: int | None = None
     first_precision: str = "int8"
     dense: str = STORED
     is_rotated: bool = False
@@ -58,19 +63,37 @@ class Options:
                 raise InvalidArgument(
                     field, f"{getattr(self, field)!r} is none of {', '.join(known)}"
                 )
-        if self.first_layers < 0:
+        if self.first_layers is not None and self.first_layers < 0:
             raise InvalidArgument("first_layers", "must be at least 0")
+        for modality, precision in self._banks.items():
+            is_narrower = PRECISIONS.index(self.first_precision) > PRECISIONS.index(precision)
+            if is_narrower and self._num_first(precision, num_layers=1):
+                raise InvalidArgument(
+                    "first_precision",
+                    f"{self.first_precision} has fewer bits than the {modality} experts' "
+                    f"{precision}",
+                )
+
+    @property
+    def _banks(self) -> dict[Modality, str]:
+        return {Modality.TEXT: self.text_experts, Modality.VISION: self.vision_experts}
+
+    def _num_first(self, precision: str, num_layers: int) -> int:
+        """How many of a bank's layers count as the first ones."""
+        if precision == STORED:  # a bank that stays as it is stays so in all layers
+            return 0
+        if self.first_layers is None:
+            return -(-num_layers // _FIRST_PART) if precision == "tcq2" else 0
+        return self.first_layers
 
     def quantization(self, config: ModelConfig) -> Quantization:
         """The format of every layer and bank, and of the rest."""
         layers = config.text.moe_layers
         formats = {}
-        banks = {Modality.TEXT: self.text_experts, Modality.VISION: self.vision_experts}
-        for modality, precision in banks.items():
+        for modality, precision in self._banks.items():
+            num_first = self._num_first(precision, len(layers))
             for number, layer in enumerate(layers):
-                # A bank that stays as it is stays so in all layers.
-                is_first = number < self.first_layers and precision != STORED
-                chosen = self.first_precision if is_first else precision
+                chosen = self.first_precision if number < num_first else precision
                 if chosen != STORED:
                     formats[layer, modality] = ExpertFormat(
                         chosen, self.is_rotated and chosen == "tcq2"
@@ -220,7 +243,8 @@ def _dense_files(config: ModelConfig, quantization: Quantization) -> Iterator[De
 
 
 def _fingerprint(source: Path, options: Options, quantization: Quantization) -> str:
-    """Changes when anything does that the output depends on."""
+    """Changes when anything does that the output depends on, but for the last bits of scales: those
+    may differ by device."""
     files = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(source.glob("*"))

@@ -24,6 +24,9 @@ from chiasm.training.data.sample import Sample
 from chiasm.training.data.stream import held_out
 from chiasm.training.data.tasks import TASKS
 
+DTYPE = torch.bfloat16
+"""Of both models, but for what is in low precision."""
+
 _BATCH_TOKENS = 2048
 
 
@@ -69,7 +72,6 @@ def compare(
     num_samples: int,
     *,
     tasks: Iterable[str] = tuple(TASKS),
-    dtype: torch.dtype = torch.bfloat16,
     on_task: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Quality]:
     """By task, up to `num_samples` held-out questions of each.
@@ -77,7 +79,7 @@ def compare(
     The two checkpoints have the same tokenizer. `on_task` hears the name of each task as it begins.
     """
     encoder = Encoder.load(before)
-    models = WholeModel(before, dtype), WholeModel(after, dtype)
+    models = WholeModel(before, DTYPE), WholeModel(after, DTYPE)
     found = {}
     for task in tasks:
         on_task(task)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from chiasm.convert.encode import Cost, encode
+from chiasm.convert.encode import CPU, WEIGHED, Cost, encode
 from chiasm.convert.plan import (
     CopyFile,
     DenseFile,
@@ -71,11 +71,14 @@ def run(
     plan: Plan,
     out: Path,
     *,
-    importance: Importance = nothing_known,
+    calibrated: Callable[[], Importance] = lambda: nothing_known,
+    device: torch.device = CPU,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Writes `out`, or what is missing of it; `on_bytes` hears of every piece of plan.num_bytes.
 
+    calibrated: asked once, when a file is missing whose errors are weighed. device: where matrices
+    are encoded, one at a time.
     Raises InvalidArgument when `out` holds anything but an unfinished or finished run of the same
     plan, FailedPrecondition when another process is at it, and what reading the source raises.
     """
@@ -85,26 +88,40 @@ def run(
     with _alone(out):
         done = _resumed(plan, out)
         done.save(out)  # from here on whatever lies there is known to be ours
+        missing = [file for file in plan.files if not _is_there(file, done, out)]
+        on_bytes(plan.num_bytes - sum(map(file_bytes, missing)))
+        importance = calibrated() if any(map(_is_weighed, missing)) else nothing_known
         with Checkpoint(plan.source, plan.config) as checkpoint:
-            for file in plan.files:
-                entry = done.files.get(file.name)
-                if entry is not None and entry.matches(out / file.name):
-                    on_bytes(file_bytes(file))
-                    continue
-                writer = _Writer(checkpoint, importance, on_bytes)
+            writer = _Writer(checkpoint, importance, device, on_bytes)
+            for file in missing:
                 entry = writer.write(file, out)
                 done = dataclasses.replace(done, files={**done.files, file.name: entry})
                 done.save(out)
         return _finish(plan, out, done)
 
 
+def _is_there(file: PlannedFile, done: Manifest, out: Path) -> bool:
+    """Whether an earlier run has written it, and it is still what that run wrote."""
+    entry = done.files.get(file.name)
+    return entry is not None and entry.matches(out / file.name)
+
+
+def _is_weighed(file: PlannedFile) -> bool:
+    return isinstance(file, ExpertFile) and file.bank.format.precision in WEIGHED
+
+
 class _Writer:
     """Writes planned files from an open checkpoint."""
 
     def __init__(
-        self, checkpoint: Checkpoint, importance: Importance, on_bytes: Callable[[int], None]
+        self,
+        checkpoint: Checkpoint,
+        importance: Importance,
+        device: torch.device,
+        on_bytes: Callable[[int], None],
     ) -> None:
-        self._checkpoint, self._importance, self._on_bytes = checkpoint, importance, on_bytes
+        self._checkpoint, self._importance = checkpoint, importance
+        self._device, self._on_bytes = device, on_bytes
 
     def write(self, file: PlannedFile, out: Path) -> FileEntry:
         notes: Mapping[str, Any] = {}
@@ -135,7 +152,7 @@ class _Writer:
             for projection, weight in zip((GATE_UP, DOWN), weights, strict=True):
                 heed = self._importance(bank.layer, bank.modality, expert, projection)
                 name = f"{bank.prefix(expert)}{projection}"
-                tensors, cost = encode(weight, bank.format, heed, name=name)
+                tensors, cost = encode(weight, bank.format, heed, name=name, device=self._device)
                 costs[projection] += cost
                 for field, stored in bank.tensor_names(expert, projection).items():
                     stream.add(stored, tensors[field])
@@ -150,7 +167,9 @@ class _Writer:
             weight, cost = self._checkpoint.get(f"{name}.weight"), Cost()
             parts: dict[str, list[torch.Tensor]] = {}
             for rows in torch.split(weight, DENSE_ROWS):  # each has a scale of its own
-                tensors, part_cost = encode(rows, ExpertFormat("int8"), None, name=name)
+                tensors, part_cost = encode(
+                    rows, ExpertFormat("int8"), None, name=name, device=self._device
+                )
                 cost += part_cost
                 for part, tensor in tensors.items():
                     parts.setdefault(part, []).append(tensor)
