@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from chiasm.training.data.names import COLOUR_NAMES, COLOURS
-from chiasm.training.data.sample import Picture, Pixels, Sample
+from chiasm.training.data.sample import Clip, Media, Picture, Pixels, Sample
 
 _PALE = 160
 """All channels of paper are above it in the worst light, and of no named colour in the best."""
@@ -23,6 +23,11 @@ def picture(sample: Sample, index: int = 0) -> Pixels:
     item = sample.media[index]
     assert isinstance(item, Picture)
     return item.pixels
+
+
+def pixels(item: Media) -> Pixels:
+    """Of a picture, or of all frames of a video."""
+    return item.frames if isinstance(item, Clip) else item.pixels
 
 
 def ink(pixels: Pixels) -> NDArray[np.bool_]:

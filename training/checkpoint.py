@@ -28,6 +28,7 @@ _MODEL, _OPTIMIZER, _AVERAGE, _STATE = (
     "state.json",
 )
 _RNG = "rng"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _PREFIX, _PARTIAL = "step-", ".partial"
 
 
@@ -55,7 +56,10 @@ def save(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
 ) -> Path:
-    """Writes `directory`/step-N, then drops all but the newest checkpoints; returns its path."""
+    """Writes `directory`/step-N, then drops all but the newest checkpoints; returns its path.
+
+    Under its name a checkpoint is on the disk, whole, before an older one goes.
+    """
     final = directory / f"{_PREFIX}{progress.step:08d}"
     partial = final.with_suffix(_PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,8 +70,11 @@ def save(
         progress.average_updates = average.num_updates
         save_file(average.weights, partial / _AVERAGE)
     (partial / _STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
+    _sync(directory)
     for old in _complete(directory)[:-_KEPT]:
         shutil.rmtree(old)
     return final
@@ -93,11 +100,16 @@ def load(
     """
     _fill(dict(model.named_parameters()), _read(checkpoint / _MODEL))
     stored = _read(checkpoint / _OPTIMIZER)
-    torch.set_rng_state(stored.pop(_RNG))
-    for name, parameter in named_learners(model).items():
-        keys = {key: f"{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
-        if keys["step"] in stored:
-            optimizer.state[parameter] = {key: stored[found] for key, found in keys.items()}
+    try:
+        torch.set_rng_state(stored[_RNG])
+        for name, parameter in named_learners(model).items():
+            keys = {key: f"{name}.{key}" for key in _MOMENTS}
+            if not stored.keys().isdisjoint(keys.values()):  # none: it has not been trained yet
+                optimizer.state[parameter] = {key: stored[found] for key, found in keys.items()}
+    except KeyError as error:
+        raise DataLoss(
+            f"{checkpoint / _OPTIMIZER} lacks {error}", reason="CHECKPOINT_CORRUPT"
+        ) from None
     try:
         progress = Progress(**json.loads((checkpoint / _STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -117,6 +129,15 @@ def _optimizer_tensors(
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value
     return tensors
+
+
+def _sync(path: Path) -> None:
+    """What a file or a folder holds is on the disk then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _complete(directory: Path) -> list[Path]:

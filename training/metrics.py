@@ -126,7 +126,8 @@ def plot(directory: Path) -> None:
             own = [row for row in rows if row["stage"] == stage and row[name]]
             axes.plot([int(r["step"]) for r in own], [float(r[name]) for r in own], label=stage)
         axes.set(xlabel="step", ylabel=name, yscale="log" if log_scale else "linear")
-        axes.legend()
+        if rows:
+            axes.legend()
         figure.savefig(directory / f"{name}.png", dpi=120)
         plt.close(figure)
     _plot_load(directory, plt)

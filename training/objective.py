@@ -43,17 +43,20 @@ class Whole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Strengths; 0 leaves a term out."""
+    """Strengths, by default those of the bundled model; 0 leaves a term out. ERNIE has 1e-2 of
+    orthogonality and of load balance and 1e-4 of z (`topk_gate.py`)."""
 
     is_token_balanced: bool = True
     """Divide by all tokens of the batch, or by those that have a label."""
     orthogonality: float = 1e-2
-    orthogonality_by: Literal["loss", "step"] = "step"
-    """Part of the loss, or a step of its own after the optimiser's."""
+    orthogonality_by: Literal["loss", "step"] = "loss"
+    """Part of the loss, or a step of its own after the optimiser's: ERNIE has both, the second as
+    `OrthogonalCallback`."""
     load_balance: float = 1e-2
-    z: float = 1e-4
-    bias_step: float = 1e-3
-    """How far the correction bias moves at each step."""
+    z: float = 1e-6
+    bias_step: float = 2e-5
+    """How far the correction bias moves at each step. A bias that balances alone, by 2e-4 a step,
+    held the gates back in short runs on a few tasks."""
 
     def loss(
         self, model: TrainingModel, batch: PackedBatch, passed: Forward, whole: Whole

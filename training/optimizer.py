@@ -20,8 +20,10 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     gate_scale: float = 1.0
-    """Gates' learning rate over that of the rest; fine-tuning of the published model has 0.01."""
+    """Gates' learning rate over that of the rest. ERNIE's configuration for fine-tuning has 0.01;
+    gates that begin with nothing, as in every preset, have to learn like all else."""
     vit_scale: float = 1.0
+    """The ViT's learning rate over that of the rest; 0.9 there, and less for its lower layers."""
     clip_norm: float = 1.0
     average_decay: float = 0.99
     """Of the moving average, per update; 0: no average is kept."""

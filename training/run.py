@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class RunConfig:
     model: str | None = None
     """Directory of the checkpoint to begin with; without one, weights are drawn."""
     seed: int = 0
+    recipe: str | None = None
+    """Digest of the preset as the run began with it; none in runs from before it was kept."""
 
     def find(self) -> Preset:
         return presets.find(self.preset, self.ablation, self.stage)
@@ -58,20 +60,28 @@ def start(directory: Path, config: RunConfig) -> Trainer:
     except ChiasmError:
         shutil.rmtree(directory / "description")  # or the next try would not find it empty
         raise
-    (directory / RUN).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    begun = replace(config, recipe=preset.digest)
+    (directory / RUN).write_text(json.dumps(asdict(begun), indent=2) + "\n")
     return Trainer(preset, model, _source(directory, config.seed), directory)
 
 
 def resume(directory: Path) -> Trainer:
     """Goes on from the newest checkpoint of the run in `directory`; without one, from the start.
 
-    Raises InvalidArgument where there is no run, or a checkpoint is not one of this run.
+    Raises InvalidArgument where there is no run, its preset is not what it was when the run began,
+    or a checkpoint is not one of this run.
     """
     try:
         config = RunConfig(**json.loads((directory / RUN).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InvalidArgument("resume", f"{directory / RUN}: {error}") from None
     preset = config.find()
+    if config.recipe not in (None, preset.digest):
+        raise InvalidArgument(
+            "resume",
+            f"{directory} began with another recipe than the preset {config.preset!r} has now; "
+            "the chiasm that began it can go on with it",
+        )
     model = _model(preset, ModelConfig.load(directory / "description"))
     newest: Path | None
     try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 
-from chiasm.training.data.encode import Encoder, Example
-from chiasm.training.data.packing import PackedBatch, pack
+from chiasm.training.data.encode import Encoder
+from chiasm.training.data.packing import packed
 from chiasm.training.data.stream import held_out
 from chiasm.training.model import TrainingModel
 from chiasm.training.routing import Usage, add_usage, choices_by_modality
@@ -28,7 +26,7 @@ def exact_match(
     num_experts = model.config.text.num_experts
     usage: Usage = {}
     num_right = 0
-    for batch in _batches(examples):
+    for batch in packed(examples, _BATCH_TOKENS):
         passed = model(batch)
         found = choices_by_modality(passed.records, batch.token_types, num_experts)
         add_usage(usage, found)
@@ -36,17 +34,6 @@ def exact_match(
         right = (guessed == batch.labels) | (batch.labels < 0)
         num_right += sum(bool(part.all()) for part in torch.split(right, list(batch.lengths)))
     return num_right / len(examples), usage
-
-
-def _batches(examples: Sequence[Example]) -> Iterator[PackedBatch]:
-    waiting: list[Example] = []
-    for example in examples:
-        if sum(e.num_tokens for e in waiting) + example.num_tokens > _BATCH_TOKENS and waiting:
-            yield pack(waiting, _BATCH_TOKENS)
-            waiting = []
-        waiting.append(example)
-    if waiting:
-        yield pack(waiting, _BATCH_TOKENS)
 
 
 def load_entropy(counts: torch.Tensor) -> float:

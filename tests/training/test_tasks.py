@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from itertools import islice
 
 import looking
@@ -13,12 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from chiasm.errors import InvalidArgument
 from chiasm.training.data import digits, words
 from chiasm.training.data.names import COLOUR_NAMES, SHAPE_NAMES, Language
-from chiasm.training.data.sample import Clip, Media, Picture, Pixels, Sample, Split
-from chiasm.training.data.stream import Lesson, Stream, held_out
-from chiasm.training.data.tasks import ARRANGE, LOOK, MIX, PRACTICE, TASKS
+from chiasm.training.data.sample import Clip, Sample, Split
+from chiasm.training.data.stream import Stream
+from chiasm.training.data.tasks import TASKS
 
 NUM_CHECKED = 60
 NUM_COUNTED = 400
@@ -29,10 +27,6 @@ OPEN = {"words", "sums", "copy", "lookup", "description"}
 
 def drawn(task: str, count: int = NUM_CHECKED, *, seed: int = 7) -> list[Sample]:
     return list(islice(Stream({task: 1}, seed=seed).samples(), count))
-
-
-def pixels_of(item: Media) -> Pixels:
-    return item.frames if isinstance(item, Clip) else item.pixels
 
 
 def named(text: str) -> list[str]:
@@ -257,7 +251,7 @@ def test_copies() -> None:
 def test_sizes_are_small(task: str) -> None:
     for sample in drawn(task, 20):
         for item in sample.media:
-            pixels = pixels_of(item)
+            pixels = looking.pixels(item)
             assert pixels.dtype == np.uint8
             height, width, channels = pixels.shape[-3:]
             assert (height % 28, width % 28, channels) == (0, 0, 3)
@@ -299,102 +293,3 @@ def test_no_answer_is_rare_or_prevails(task: str, split: Split) -> None:
         assert len(answers) > 1
         assert max(answers.values()) < 2 * expected
         assert min(answers.values()) > 0.25 * expected
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_splits_are_disjoint(task: str) -> None:
-    """Whatever the seeds."""
-    keys = {
-        split: {
-            sample.key
-            for seed in range(2)
-            for sample in islice(Stream({task: 1}, seed=seed, split=split).samples(), 200)
-        }
-        for split in Split
-    }
-    assert all(keys.values())
-    assert not keys[Split.TRAIN] & keys[Split.HELD_OUT]
-
-
-def test_no_held_out_scan_word_or_sum_is_seen_in_training() -> None:
-    """By what the samples show, not by their keys."""
-    for task, shown in (
-        ("digits", lambda s: looking.picture(s).tobytes()),
-        ("words", lambda s: s.answer),
-        ("copy", lambda s: s.answer),
-    ):
-        trained = {shown(s) for s in drawn(task, NUM_COUNTED)}
-        judged = {shown(s) for s in held_out(task, 100)}
-        assert len(judged) == 100
-        assert not trained & judged
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_held_out_samples_differ_and_are_enough(task: str) -> None:
-    samples = held_out(task, 150)
-    assert len({sample.key for sample in samples}) == len(samples) == 150
-    assert all(TASKS[task].split_of(sample.key) is Split.HELD_OUT for sample in samples)
-
-
-def test_a_task_gives_what_it_has() -> None:
-    held = held_out("digits", 1000)
-    images, _ = digits.scans()
-    assert 180 < len(held) < 270
-    assert {s.key for s in held} == {
-        (i,) for i in range(len(images)) if TASKS["digits"].split_of((i,)) is Split.HELD_OUT
-    }
-
-
-def test_a_sample_is_a_function_of_seed_split_and_index() -> None:
-    one, other = Stream(seed=5), Stream(seed=5)
-    backwards = [one.sample(i) for i in range(46, 6, -1)]
-    assert {type(item) for sample in backwards for item in sample.media} == {Picture, Clip}
-    for sample, same in zip(backwards[::-1], islice(other.samples(7), 40), strict=True):
-        assert (sample.key, sample.messages, sample.answer) == (
-            same.key,
-            same.messages,
-            same.answer,
-        )
-        for item, twin in zip(sample.media, same.media, strict=True):
-            np.testing.assert_array_equal(pixels_of(item), pixels_of(twin))
-    others = [Stream(seed=6), Stream(seed=5, split=Split.HELD_OUT)]
-    assert all(
-        [s.sample(i).key for i in range(9)] != [one.sample(i).key for i in range(9)] for s in others
-    )
-
-
-def test_the_mix_is_kept() -> None:
-    assert set(MIX) == {*TASKS, *PRACTICE}
-    counts = Counter(s.task for s in islice(Stream({"sums": 3, "copy": 1}).samples(), 400))
-    assert counts.keys() == {"sums", "copy"}
-    assert 0.67 < counts["sums"] / 400 < 0.83
-
-
-def test_lessons_come_first_one_after_another() -> None:
-    lessons = [
-        Lesson(num_samples=5, mix={"sums": 1}),
-        Lesson(num_samples=3, mix={"copy": 1, "lookup": 1}),
-    ]
-    stream = Stream({"count": 1}, lessons=lessons)
-    tasks = [stream.sample(i).task for i in range(20)]
-    assert set(tasks[:5]) == {"sums"}
-    assert set(tasks[5:8]) <= {"copy", "lookup"}
-    assert set(tasks[8:]) == {"count"}
-    assert [sample.task for sample in islice(stream.samples(4), 6)] == tasks[4:10]
-    plain = Stream({"count": 1})
-    assert [stream.sample(i).key for i in range(8, 20)] == [
-        plain.sample(i).key for i in range(8, 20)
-    ]
-
-
-@pytest.mark.parametrize("mix", [LOOK, ARRANGE, MIX])
-def test_lessons_are_mixes(mix: Mapping[str, float]) -> None:
-    assert set(mix) <= {*TASKS, *PRACTICE}
-    Stream(mix)
-
-
-@pytest.mark.parametrize("mix", [{}, {"chess": 1.0}, {"sums": 0.0}, {"sums": float("nan")}])
-def test_what_is_no_mix(mix: dict[str, float]) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        Stream(mix)
-    assert caught.value.field == "mix"

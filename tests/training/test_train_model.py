@@ -87,7 +87,7 @@ def test_every_part_gets_gradients_from_a_mixed_batch(tmp_path: Path) -> None:
     model.train_only(frozenset(Part))
     batch = random_batch(model.config, MIXED)
     passed = model(batch)
-    loss, values = Objective(orthogonality_by="loss").loss(model, batch, passed, Whole.of([batch]))
+    loss, values = Objective().loss(model, batch, passed, Whole.of([batch]))
     loss.backward()  # type: ignore[no-untyped-call]  # no annotations in torch
     still = [
         name
@@ -108,7 +108,7 @@ def test_micro_batches_add_up(tmp_path: Path, is_token_balanced: bool) -> None:
     gradients."""
     model = new_model(tmp_path / "description", short_preset(1, 1, 1, 1))
     model.train_only(frozenset(Part))
-    objective = Objective(is_token_balanced=is_token_balanced, load_balance=0, z=0)
+    objective = Objective(is_token_balanced=is_token_balanced, load_balance=0, z=0, orthogonality=0)
     cuts = [random_batch(model.config, part, seed=3) for part in (MIXED, TEXT)]
     found = []
     for parts in ([join(cuts)], cuts):

@@ -6,7 +6,7 @@ positions start anew in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -88,6 +88,23 @@ def pack(examples: Sequence[Example], max_tokens: int) -> PackedBatch:
     )
 
 
+def packed(examples: Iterable[Example], max_tokens: int) -> Iterator[PackedBatch]:
+    """Examples in order, in batches each as full as that allows.
+
+    Raises InvalidArgument for one that alone exceeds `max_tokens`.
+    """
+    waiting: list[Example] = []
+    num_tokens = 0
+    for example in examples:
+        if waiting and num_tokens + example.num_tokens > max_tokens:
+            yield pack(waiting, max_tokens)
+            waiting, num_tokens = [], 0
+        waiting.append(example)
+        num_tokens += example.num_tokens
+    if waiting:
+        yield pack(waiting, max_tokens)
+
+
 def _seen(examples: Sequence[Example]) -> dict[str, Seen]:
     """By probe; embeddings of all examples follow one another as their media do."""
     found: dict[str, list[Seen]] = {}
@@ -132,15 +149,7 @@ class Batches:
     def __iter__(self) -> Iterator[PackedBatch]:
         """Without end. Raises InvalidArgument for a sample that alone exceeds `max_tokens`."""
         encoder = Encoder.load(self.checkpoint)
-        waiting: list[Example] = []
-        num_tokens = 0
-        for sample in self.stream.samples(self.start):
-            example = encoder.encode(sample)
-            if waiting and num_tokens + example.num_tokens > self.max_tokens:
-                yield pack(waiting, self.max_tokens)
-                waiting, num_tokens = [], 0
-            waiting.append(example)
-            num_tokens += example.num_tokens
+        return packed(map(encoder.encode, self.stream.samples(self.start)), self.max_tokens)
 
     def in_background(self) -> Iterator[PackedBatch]:
         """The same batches, made ahead by one other process, which ends with this one."""

@@ -65,5 +65,5 @@ def train(
         with watching(
             trainer.preset.num_steps, done=trainer.progress.step, tokens=trainer.progress.tokens
         ) as watch:
-            model = run.train(trainer, directory, watch, max_steps=max_steps)
-    Console(highlight=False).print(f"wrote {model}")
+            written = run.train(trainer, directory, watch, max_steps=max_steps)
+    Console(highlight=False).print(f"wrote {written}")
