@@ -97,34 +97,36 @@ def fast_network() -> Iterator[Network]:
 class Relay:
     """Carries packets between two descriptors, each after a while, or loses or damages it."""
 
-    def __init__(self, ends: tuple[int, int], delay_ms: float, *, loss: float) -> None:
-        self._ends, self._delay_ms = ends, delay_ms
-        self._process = self._start(loss, 0.0)
+    def __init__(self, ends: tuple[int, int]) -> None:
+        program = str(Path(__file__).with_name("slow_link.py"))
+        self._process = subprocess.Popen(
+            [sys.executable, program, *map(str, ends)], pass_fds=ends, stdin=subprocess.PIPE
+        )
 
-    def restart(self, *, loss: float, damage: float = 0.0) -> None:
-        """From now on with another share of lost packets, and of those that are damaged so that
-        TCP's checksum does not tell; what is on its way is lost."""
-        self.stop()
-        self._process = self._start(loss, damage)
+    def become(self, *, delay_ms: float, loss: float = 0.0, damage: float = 0.0) -> None:
+        """From now on every packet takes so long; these shares are lost, and damaged so that TCP's
+        checksum does not tell. What is on its way arrives as it would have."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{delay_ms} {loss} {damage}\n".encode())
+        self._process.stdin.flush()
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _start(self, loss: float, damage: float) -> subprocess.Popen[bytes]:
-        program = str(Path(__file__).with_name("slow_link.py"))
-        words = map(str, (*self._ends, self._delay_ms, loss, damage))
-        return subprocess.Popen([sys.executable, program, *words], pass_fds=self._ends)
+        self._process.communicate()
 
 
 @contextmanager
-def slow_network(delay_ms: float, *, loss: float) -> Iterator[tuple[Network, Relay]]:
-    """A namespace behind a relay."""
+def slow_network(delay_ms: float) -> Iterator[tuple[Network, Relay]]:
+    """A namespace behind a relay; it reaches every address of this host.
+
+    The relay stands in for tc, whose netem is a module that few test machines' kernels have.
+    """
     with _namespace() as network:
         outside = _tun(f"{network.device}o", network.host, network.address)
         inside = network.run(lambda: _tun(network.device, network.address, network.host))
-        relay = Relay((outside, inside), delay_ms, loss=loss)
+        _ip("-n", network.name, "route", "add", "default", "dev", network.device)
+        relay = Relay((outside, inside))
         try:
+            relay.become(delay_ms=delay_ms)
             yield network, relay
         finally:
             relay.stop()

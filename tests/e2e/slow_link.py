@@ -1,4 +1,7 @@
-"""Carries packets between two TUN devices, late: slow_link.py FD FD DELAY_MS LOSS DAMAGE."""
+"""Carries packets between two TUN devices, late: slow_link.py FD FD.
+
+Each line of its input, DELAY_MS LOSS DAMAGE, holds for the packets that come from then on.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,23 @@ MIN_DATA_BYTES = 256
 
 
 def main() -> None:
-    """Until it is killed."""
+    """Until the input ends."""
     first, second = int(sys.argv[1]), int(sys.argv[2])
-    delay_s, loss, damage = float(sys.argv[3]) / 1000, float(sys.argv[4]), float(sys.argv[5])
+    delay_s = loss = damage = 0.0
     other = {first: second, second: first}
     dice = random.Random(0)
     waiting: collections.deque[tuple[float, int, bytes]] = collections.deque()
     while True:
         left_s = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-        for device in select.select(list(other), [], [], left_s)[0]:
+        readable = select.select([0, *other], [], [], left_s)[0]
+        if 0 in readable:
+            readable.remove(0)
+            lines = os.read(0, MAX_PACKET_BYTES).split(b"\n")
+            if len(lines) == 1:
+                return
+            delay_ms, loss, damage = map(float, lines[-2].split())
+            delay_s = delay_ms / 1000
+        for device in readable:
             packet = os.read(device, MAX_PACKET_BYTES)
             if dice.random() < damage:
                 packet = damaged(packet)
