@@ -1,11 +1,12 @@
 """What the parts of the training recipe are worth: each left out in turn, several seeds.
 
     python -m benchmarks.ablations --out DIR [--seeds 3] [--jobs 2]
+    python -m benchmarks.ablations                                    the table of what was measured
 
-Every run has the preset `ablation`: the bundled model's dimensions and recipe, the tasks that are
-learnt first, the same steps on the same samples. Accuracy is exact match on held-out samples; the
-loads are those of held-out samples, too. Runs that are done are kept in --out, and those that were
-stopped go on; their seconds are then those since.
+Every run has the preset `ablation`: the bundled model's dimensions and losses, sight and then the
+tasks that are learnt first, no stage of text; the same steps on the same samples. Accuracy is exact
+match on held-out samples; the loads are those of held-out samples, too. Runs that are done are kept
+in --out, and those that were stopped go on; their seconds are then those since.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import documents
 from chiasm.training import presets
@@ -36,24 +36,40 @@ from chiasm.types import Modality
 
 WHOLE = "whole recipe"
 SAMPLES = 100
+NAME = "ablations"
 _RESULT = "result.json"
+_MEASURES = {
+    "accuracy": ("{}, % right", 100, 1),
+    "orthogonality": ("orthogonality, {} gates", 1, 5),
+    "entropy": ("entropy of load, {} tokens", 1, 4),
+}
+"""Title of what was measured, its unit in the table, and digits after the point."""
 
 
 def main() -> None:
     """Trains what is missing, prints the table, writes results/ablations.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a core each")
     options = parser.parse_args()
+    if options.out is None:
+        sys.stdout.write(table(measured()["summary"]))
+        return
     variants = (None, *presets.ABLATIONS)
     runs = [(v, seed) for seed in range(options.seeds) for v in variants]
-    with documents.measuring("ablations") as document:
+    with documents.measuring(NAME) as document:
         with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
             found = list(pool.map(_run, [options.out] * len(runs), *zip(*runs, strict=True)))
-        table, rows = summary(found)
+        rows = summary(found)
         document["result"] = {"runs": found, "summary": rows}
-    Console(width=110).print(table)
+    sys.stdout.write(table(rows))
+
+
+def measured() -> dict[str, Any]:
+    """The runs that results/ablations.json keeps, and their summary."""
+    found: dict[str, Any] = json.loads((documents.FOLDER / f"{NAME}.json").read_text())["result"]
+    return found
 
 
 def _run(out: Path, variant: str | None, seed: int) -> dict[str, Any]:
@@ -103,36 +119,46 @@ def _score(model: TrainingModel, directory: Path) -> dict[str, Any]:
     }
 
 
-def summary(found: Sequence[Mapping[str, Any]]) -> tuple[Table, list[dict[str, Any]]]:
-    """Mean and range over seeds of every number, a variant a row."""
-    tasks = list(found[0]["accuracy"])
-    table = Table("variant", "mean", *tasks, "orth. text/vision", "entropy text/vision")
+def summary(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and range over seeds of every number, of each variant; accuracy also over the tasks."""
     rows = []
     for variant in dict.fromkeys(run["variant"] for run in found):
         own = [run for run in found if run["variant"] == variant]
-        means = [statistics.mean(run["accuracy"].values()) for run in own]
-        columns = {"mean": means, **{t: [r["accuracy"][t] for r in own] for t in tasks}}
-        shares = {name: _spread(values) for name, values in columns.items()}
-        gates = {
+        means = {"mean": _spread([statistics.mean(run["accuracy"].values()) for run in own])}
+        spreads = {
             name: {key: _spread([run[name][key] for run in own]) for key in own[0][name]}
-            for name in ("orthogonality", "entropy")
+            for name in _MEASURES
         }
-        rows.append({"variant": variant, "accuracy": shares, **gates})
-        table.add_row(
-            variant,
-            *(f"{100 * s['mean']:.1f}\n±{50 * (s['max'] - s['min']):.1f}" for s in shares.values()),
-            _pair(gates["orthogonality"].values(), 5),
-            _pair(gates["entropy"].values(), 3),
-        )
-    return table, rows
+        rows.append({"variant": variant, **spreads, "accuracy": means | spreads["accuracy"]})
+    return rows
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
-def _pair(spreads: Iterable[Mapping[str, float]], digits: int) -> str:
-    return "\n".join(f"{s['mean']:.{digits}f}" for s in spreads)
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A summary in Markdown, a variant a column: means, and the lowest and highest of the seeds."""
+    columns = [
+        {
+            title.format(key): _with_range(spread, unit, digits)
+            for measure, (title, unit, digits) in _MEASURES.items()
+            for key, spread in row[measure].items()
+        }
+        for row in rows
+    ]
+    names = dict.fromkeys(name for column in columns for name in column)
+    lines = [
+        ["", *(row["variant"] for row in rows)],
+        ["---"] * (1 + len(rows)),
+        *([name, *(column.get(name, "") for column in columns)] for name in names),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _with_range(spread: Mapping[str, float], unit: int, digits: int) -> str:
+    mean, low, high = (f"{unit * spread[key]:.{digits}f}" for key in ("mean", "min", "max"))
+    return f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

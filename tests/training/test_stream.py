@@ -55,6 +55,7 @@ SHOWN: Mapping[str, Callable[[Sample], object]] = {
     "words": lambda sample: sample.answer,
     "sums": shown_sum,
     "copy": lambda sample: sample.answer,
+    "recall": lambda sample: sample.answer,
 }
 
 

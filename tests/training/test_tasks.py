@@ -21,7 +21,7 @@ from chiasm.training.data.tasks import TASKS
 NUM_CHECKED = 60
 NUM_COUNTED = 400
 
-OPEN = {"words", "sums", "copy", "lookup", "description"}
+OPEN = {"words", "sums", "copy", "recall", "lookup", "description"}
 """Tasks whose answers are many."""
 
 

@@ -19,6 +19,8 @@ from chiasm.training.losses import (
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
 TOLERANCE = 1e-5
+RANDOM_MEAN = 0.02
+"""Of the mean of forty draws."""
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,6 +47,14 @@ def test_orthogonality_gradient() -> None:
 def test_orthogonality_is_zero_for_orthogonal_experts_of_any_length() -> None:
     weight = torch.linalg.qr(draw(9, 6, seed=0)).Q * torch.arange(1, 7)
     assert float(orthogonality(weight)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("width", "num_experts"), [(128, 64), (128, 128)])
+def test_orthogonality_of_random_gates(width: int, num_experts: int) -> None:
+    """A cosine's square is 1 / width on average, and E (E - 1) of the E^2 terms are of pairs."""
+    values = [float(orthogonality(draw(width, num_experts, seed=seed))) for seed in range(40)]
+    expected = (num_experts - 1) / num_experts / width
+    assert sum(values) / len(values) == pytest.approx(expected, rel=RANDOM_MEAN)
 
 
 def test_the_step_of_its_own_is_gradient_descent() -> None:
