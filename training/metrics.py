@@ -42,7 +42,7 @@ class Records:
         self._file = (directory / METRICS).open("w", newline="", encoding="utf-8")
         self._rows = csv.DictWriter(self._file, COLUMNS)
         self._rows.writeheader()
-        self._rows.writerows(kept if resumed_at else [])
+        self._rows.writerows(kept)
         self._file.flush()
         self._board = _tensorboard(directory / "tensorboard")
 
