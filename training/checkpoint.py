@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from chiasm.durable import sync
 from chiasm.errors import DataLoss, InvalidArgument, NotFound
 from chiasm.training.model import TrainingModel
 from chiasm.training.optimizer import WeightAverage, named_learners
@@ -71,10 +72,10 @@ def save(
         save_file(average.weights, partial / _AVERAGE)
     (partial / _STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    _sync(directory)
+    sync(directory)
     for old in _complete(directory)[:-_KEPT]:
         shutil.rmtree(old)
     return final
@@ -129,15 +130,6 @@ def _optimizer_tensors(
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value
     return tensors
-
-
-def _sync(path: Path) -> None:
-    """What a file or a folder holds is on the disk then."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _complete(directory: Path) -> list[Path]:

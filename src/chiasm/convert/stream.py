@@ -34,6 +34,7 @@ from chiasm.convert.plan import (
     TableFile,
     file_bytes,
 )
+from chiasm.durable import sync
 from chiasm.errors import FailedPrecondition, InvalidArgument, NotFound
 from chiasm.kernels.quant import table
 from chiasm.model import manifest
@@ -234,13 +235,13 @@ def _finish(plan: Plan, out: Path, done: Manifest) -> Manifest:
             copied[path.name] = FileEntry(manifest.sha256(copy), copy.stat().st_size, {})
     done = dataclasses.replace(done, files={**done.files, **copied})
     done.save(out)
-    _sync(out)  # the names of everything so far, before the one that says it is complete
+    sync(out)  # the names of everything so far, before the one that says it is complete
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     config.pop(BAIDU_KEY, None)
     if not plan.quantization.is_stored:
         config[KEY] = plan.quantization.block()
     _replace(out / "config.json", partial(write_json, value=config))
-    _sync(out)
+    sync(out)
     return done
 
 
@@ -248,14 +249,5 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written; under its name it is whole and on the disk."""
     unfinished = path.with_name(f"{path.name}.partial")
     write(unfinished)
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """What a file or a folder holds is on the disk then."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
