@@ -92,11 +92,15 @@ class Connection:
         if self.is_broken:
             raise errors.Unavailable(f"{self.address} is away")
         call.dispatch_id = self._next_id = self._next_id + 1
+        broken = None
         try:
             is_on_lane = self._lane is not None and self._lane.send(call)
         except errors.Unavailable as error:
-            self.lose(error)
-            raise
+            # Another one: whoever keeps this one keeps the lane, mapped, in its traceback.
+            broken = errors.Unavailable(f"{self.address}: {error.message}")
+        if broken is not None:
+            self.lose(broken)
+            raise broken
         if not is_on_lane:
             self._send(call.request())
         self._calls[call.dispatch_id] = call

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,34 @@ async def test_who_answers_nonsense_is_passed_over(tiny_checkpoint: Path, broken
         pool.watcher.publish([(address, ALL)])
         with pytest.raises(PoolUnavailable):
             await pool.ask(dispatch(pool.config, 3))
+
+
+async def test_a_lane_that_breaks_under_a_dispatch_is_unmapped(
+    tiny_checkpoint: Path, without_garbage_collection: None
+) -> None:
+    async with pool_of(tiny_checkpoint, ALL) as pool:
+        await pool.check(3, seed=0)
+        assert num_arenas() > 0
+        lanes = pool.servers[0].servicer._lanes
+        assert lanes is not None
+        lanes.close()
+        with contextlib.suppress(PoolUnavailable):  # it may be reached by its stream in time
+            await pool.ask(dispatch(pool.config, 3))
+        assert num_arenas() == 0
+
+
+def num_arenas() -> int:
+    """Mappings of lanes in this process, at both ends."""
+    return Path("/proc/self/maps").read_text().count("memfd:chiasm-arena")
+
+
+@pytest.fixture
+def without_garbage_collection() -> Iterator[None]:
+    """An idle decoder makes no garbage, so nobody would collect any."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def test_pauses_double_until_a_dispatch_is_answered() -> None:
