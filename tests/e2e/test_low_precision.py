@@ -17,14 +17,15 @@ from e2e.reference import Reference
 from e2e.stack import up
 from safetensors.torch import load_file, save_file
 
-from chiasm.client import Client, Sampling, user
+from chiasm.client import Client, Result, Sampling
 from chiasm.convert import plan, stream
 from chiasm.convert.plan import Options
+from chiasm.kernels.quant import table
 from chiasm.local import StackConfig
 from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
-from chiasm.model.quantization import KEY
+from chiasm.model.quantization import KEY, WRITTEN, ExpertFormat, Quantization
 from chiasm.model.shapes import expert_prefix
 from chiasm.types import Modality
 
@@ -53,8 +54,10 @@ SETUPS = {
         seed=12,
         flags=("--colocate", "--vision-shards", "4"),
     ),
-    "all but vision, int8": Setup(
-        options=Options(text_experts="int8", dense="int8"), seed=12, flags=("--text-shards", "2")
+    "all but vision, tcq2 and int8": Setup(
+        options=Options(text_experts="tcq2", first_layers=0, dense="int8"),
+        seed=24,
+        flags=("--text-shards", "4", "--text-servers", "2"),
     ),
 }
 
@@ -137,20 +140,42 @@ def test_answers_are_those_of_the_widened_weights(
     assert list(found.token_ids) == expected.token_ids
 
 
+class OneOfEach(Options):
+    """Every layer's experts in another precision."""
+
+    def quantization(self, config: ModelConfig) -> Quantization:
+        formats = {
+            (layer, modality): ExpertFormat(precision)
+            for layer, precision in zip(config.text.moe_layers, WRITTEN, strict=True)
+            for modality in Modality
+        }
+        return Quantization(formats=formats, table_sha256=table.checksum(table.load()))
+
+
 def test_replicas_in_bfloat16_agree_to_the_bit(tmp_path: Path) -> None:
-    """One of them dies in mid-stream: not even the log-probabilities show it."""
+    """Of experts in every precision. A text server dies in mid-stream, then the vision server that
+    has computed the prompt: not even logits and log-probabilities show it."""
     source = checkpoints.hub(tmp_path / "model", seed=3)
-    options = Options(text_experts="int4", vision_experts="tcq2")
-    stream.run(plan.make(source, options), tmp_path / "q")
-    prompt = [user("Tell me of the sea, the wind and the rain.")]
+    stream.run(plan.make(source, OneOfEach()), tmp_path / "q")
+    prompt = cases()[1].messages
     sampling = replace(GREEDY, max_tokens=200, logprobs=3)
     with cluster(StackConfig(model=tmp_path / "q", dtype="bfloat16")) as stack:
         with Client(stack.endpoint) as client:
             expected = client.complete(prompt, sampling=sampling, prompt_logits=True)
-        stack.add("text-pool-0")
+        for pool in ("text-pool-0", "vision-pool-0"):
+            stack.add(pool)
         # With its logits all of the prompt is computed again, as the first time.
         running = Stream(stack.endpoint, prompt, sampling, prompt_logits=True)
         running.wait_tokens(10)
         stack.kill(stack.in_use("text-pool-0"))
-        found = running.result()
-        assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+        assert_same_bits(running.result(), expected)
+        stack.kill("vision-pool-0")
+        running = Stream(stack.endpoint, prompt, sampling, prompt_logits=True)
+        assert_same_bits(running.result(), expected)
+
+
+def assert_same_bits(found: Result, expected: Result) -> None:
+    assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    assert found.prompt_logits is not None
+    assert expected.prompt_logits is not None
+    assert np.array_equal(found.prompt_logits, expected.prompt_logits)
