@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 from e2e.cluster import Cluster, wait_until
-from e2e.disturbed import GREEDY, SEEDED, TEXT, Peace, assert_same, picture_prompt, start
+from e2e.disturbed import ENDLESS, GREEDY, SEEDED, TEXT, Peace, assert_same, picture_prompt, start
 
 from chiasm.v1 import experts_pb2, experts_pb2_grpc
 
@@ -69,15 +69,20 @@ def test_a_stalled_server_is_hidden_by_its_replica(stack: Cluster, peace: Peace)
 
 
 def test_a_server_stutters(stack: Cluster, peace: Peace) -> None:
+    """One in use: what it is late with is asked for at its replica."""
     expected = [peace.answer(TEXT, s) for s in (GREEDY, SEEDED)]
     while len(stack.running("text-pool-0")) < 2:
         stack.add("text-pool-0")
-    victim = stack.running("text-pool-0")[0]
+    background = start(stack, TEXT, ENDLESS)
+    victim = stack.in_use("text-pool-0")
+    sent = total(stack, "chiasm_decoder_hedges_total", modality="text", outcome="sent")
     with stack.stuttering(victim):
         for _ in range(2):
             running = [start(stack, TEXT, s) for s in (GREEDY, SEEDED)]
             for stream, answer in zip(running, expected, strict=True):
                 assert_same(stream.result(), answer)
+    background.cancel()
+    assert total(stack, "chiasm_decoder_hedges_total", modality="text", outcome="sent") > sent
     stack.wait_ready(victim)
 
 
