@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,28 @@ def test_decoder_dies_before_the_first_token(stack: Cluster, peace: Peace) -> No
     for stream, answer in zip(running, expected * 2, strict=True):
         assert_same(stream.result(), answer)
     stack.wait_idle(second)
+
+
+def test_gateway_is_killed(stack: Cluster, peace: Peace) -> None:
+    """Its streams break and are dropped by the decoder; another gateway takes the same id."""
+    sampling = replace(GREEDY, max_tokens=100)
+    expected = peace.answer(TEXT, sampling)
+    (decoder,) = stack.running("decoder")
+    victim = stack.add("gateway")
+    ask = partial(
+        Stream, prompt=TEXT, sampling=sampling, prompt_logits=True, request_id="asked-twice"
+    )
+    endless = start(stack, TEXT, ENDLESS, endpoint=stack.address(victim))
+    endless.wait_tokens(1)
+    broken = ask(stack.address(victim))
+    broken.wait_tokens(10)
+    stack.kill(victim)
+    for stream in (broken, endless):
+        with pytest.raises(errors.Unavailable) as caught:
+            stream.result()
+        assert caught.value.reason == "UNAVAILABLE"
+    stack.wait_idle(decoder)
+    assert_same(ask(stack.endpoint).result(), expected)
 
 
 def test_orchestrator_is_killed_and_comes_back(stack: Cluster, peace: Peace) -> None:
