@@ -15,8 +15,8 @@ struct Shape {
   static constexpr int codes = F == INT8 ? 256 : 64;      // bytes that they are stored in
   static constexpr int group = F == INT8 ? 256 : GROUP;   // values of x that share a scale
   static constexpr bool is_planar = F != INT8;            // byte b of plane p: weight planes * b + p
-  // What is added to a code to make it an unsigned byte, or is missing in the stored one.
-  static constexpr int offset = F == INT4 ? 8 : 128;
+  // What makes a code an unsigned byte, and is taken from the sums again; INT4's are such bytes.
+  static constexpr int offset = F == INT4 ? 0 : 128;
 };
 
 template <int F>
@@ -26,17 +26,18 @@ struct Laid {
   int64_t steps, groups;
   std::unique_ptr<uint8_t[]> memory;
   int8_t* bytes;        // for every step and plane 64 high bytes and 64 low ones
-  int32_t* correction;  // for each of the 16 lanes of a step: what the offsets add, negative
+  int32_t* correction;  // for each of the 16 lanes of a step: what the offset adds, negative
   float *scale, *sum;   // of each group: its unit; the values' sum
 
   Laid(int64_t k, int64_t rows) {
     steps = (k + S::width - 1) / S::width;
     groups = steps * (S::width / S::group);
-    memory.reset(new uint8_t[rows * steps * (step_bytes + 64) + rows * groups * 8 + 64]);
+    const int64_t lanes = S::offset ? rows * steps * 16 : 0;
+    memory.reset(new uint8_t[rows * steps * step_bytes + lanes * 4 + rows * groups * 8 + 64]);
     const auto start = (reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64;
     bytes = reinterpret_cast<int8_t*>(start);
     correction = reinterpret_cast<int32_t*>(bytes + rows * steps * step_bytes);
-    scale = reinterpret_cast<float*>(correction + rows * steps * 16);
+    scale = reinterpret_cast<float*>(correction + lanes);
     sum = scale + rows * groups;
   }
 
@@ -57,7 +58,7 @@ struct Laid {
       }
       for (int quarter = 0; quarter < S::planes; ++quarter)
         split(whole + 64 * quarter, quarter, bytes + at * step_bytes);
-      correct(bytes + at * step_bytes, correction + at * 16);
+      if constexpr (S::offset != 0) correct(bytes + at * step_bytes, correction + at * 16);
     }
   }
 

@@ -45,13 +45,17 @@ inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, total));
 }
 
-// Four, as narrow() has them.
+// As narrow() has them.
+inline __m256i narrow16(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+
 inline void store4(__m128 values, uint16_t* out) {
-  const __m128i bits = _mm_castps_si128(values);
-  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-  const __m128i up = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7FFF)));
-  _mm_storel_epi64(
-      reinterpret_cast<__m128i*>(out), _mm_cvtepi32_epi16(_mm_srli_epi32(up, 16)));
+  const __m256i narrowed = narrow16(_mm512_castps128_ps512(values));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(narrowed));
 }
 
 // The states of the weights 4i + j of 64 bytes, one register for each j. `before` holds for every
@@ -84,15 +88,8 @@ inline void store16(__m512 low, __m512 high, float* out) {
 }
 
 inline void store16(__m512 low, __m512 high, uint16_t* out) {
-  const __m512i bits[2] = {_mm512_castps_si512(low), _mm512_castps_si512(high)};
-  __m256i half[2];
-  for (int i = 0; i < 2; ++i) {
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits[i], 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(bits[i], _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    half[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-  }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half[0]);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), half[1]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow16(low));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), narrow16(high));
 }
 
 // The 64 whole numbers of a row from weight k on, a multiple of 64, as int8.

@@ -130,7 +130,7 @@ struct Product {
       : row_bytes(s.row_bytes()), groups(std::min(s.groups(), x.groups)) {
     for (int m = 0; m < M; ++m) {
       bytes[m] = x.bytes + index[m] * x.steps * S::planes * 128;
-      correction[m] = x.correction + index[m] * x.steps * 16;
+      if constexpr (S::offset != 0) correction[m] = x.correction + index[m] * x.steps * 16;
       scale[m] = x.scale + index[m] * x.groups;
       sum[m] = x.sum + index[m] * x.groups;
     }
@@ -178,7 +178,7 @@ struct Product {
   INLINE __m512i dot(const __m512i plane[S::planes], int m, int64_t i) const {
     const int8_t* at = bytes[m] + i * S::planes * 128;
     __m512i high = _mm512_setzero_si512(), low = high;
-    if constexpr (F != INT4) low = _mm512_load_si512(correction[m] + i * 16);
+    if constexpr (S::offset != 0) low = _mm512_load_si512(correction[m] + i * 16);
     for (int p = 0; p < S::planes; ++p) {
       high = _mm512_dpbusd_epi32(high, plane[p], _mm512_load_si512(at + 128 * p));
       low = _mm512_dpbusd_epi32(low, plane[p], _mm512_load_si512(at + 128 * p + 64));

@@ -64,24 +64,30 @@ def test_other_quantisations_are_refused(
         ModelConfig.load(tmp_path)
 
 
+def wint2_paddle(directory: Path, *, num_layers: int, first_layer: int) -> Path:
+    """A -Paddle checkpoint whose experts are WINT2 from a layer on."""
+    synthesize(directory / "hub", preset=wide(num_layers=num_layers))
+    to_paddle(directory / "hub", directory / "paddle")
+    wint2_files.rewrite(directory / "paddle", first_layer=first_layer)
+    return directory / "paddle"
+
+
 def test_wint2_layers_are_read_and_the_others_as_they_are(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    synthesize(tmp_path / "hub", preset=wide(num_layers=4))
-    to_paddle(tmp_path / "hub", tmp_path / "paddle")
-    wint2_files.rewrite(tmp_path / "paddle", first_layer=2)
-    config = ModelConfig.load(tmp_path / "paddle")
+    paddle = wint2_paddle(tmp_path, num_layers=4, first_layer=2)
+    config = ModelConfig.load(paddle)
     assert [config.quantization.of(layer, TEXT).precision for layer in (1, 2, 3)] == [
         "stored",
         "wint2",
         "wint2",
     ]
-    found = bank(tmp_path / "paddle", TEXT, num_shards=4, shard=1)
+    found = bank(paddle, TEXT, num_shards=4, shard=1)
     assert found.precision == "float32+wint2"
     gate_up, down = matrices(found, LAST)
     assert isinstance(gate_up, Wint2Matrices)
     assert (gate_up.num_experts, gate_up.shape, down.shape) == (4, (256, 128), (128, 128))
-    stored = load_file(tmp_path / "paddle" / "model.safetensors")
+    stored = load_file(paddle / "model.safetensors")
     prefix = "ernie.layers.3.mlp.experts.5.up_gate_proj."
     assert torch.equal(gate_up.codes[1].t(), stored[f"{prefix}quant_weight"])
     assert torch.equal(gate_up.super_scale[1], stored[f"{prefix}super_scales"])
@@ -95,13 +101,11 @@ def test_wint2_layers_are_read_and_the_others_as_they_are(
 def test_what_a_released_checkpoint_has_in_wint4_and_wint8_is_refused_by_name(
     tmp_path: Path, dense: bool
 ) -> None:
-    synthesize(tmp_path / "hub", preset=wide(num_layers=5))
-    to_paddle(tmp_path / "hub", tmp_path / "paddle")
-    wint2_files.rewrite(tmp_path / "paddle", first_layer=3)
-    wint2_files.add_wint4_and_wint8(tmp_path / "paddle", first_layer=3, dense=dense)
-    config = ModelConfig.load(tmp_path / "paddle")
+    paddle = wint2_paddle(tmp_path, num_layers=5, first_layer=3)
+    wint2_files.add_wint4_and_wint8(paddle, first_layer=3, dense=dense)
+    config = ModelConfig.load(paddle)
     with pytest.raises(InvalidArgument) as refusal:
-        Checkpoint(tmp_path / "paddle", config)
+        Checkpoint(paddle, config)
     assert refusal.value.field == "config.json:quantization_config"
     found = re.search(r"layers (\S+) to (\S+) are in wint4 \((\S+)\)", str(refusal.value))
     assert found is not None

@@ -88,21 +88,28 @@ def pack(examples: Sequence[Example], max_tokens: int) -> PackedBatch:
     )
 
 
+def grouped(examples: Iterable[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """Examples in order, in groups each as full as that allows; one that alone exceeds `max_tokens`
+    is a group of its own."""
+    waiting: list[Example] = []
+    num_tokens = 0
+    for example in examples:
+        if waiting and num_tokens + example.num_tokens > max_tokens:
+            yield waiting
+            waiting, num_tokens = [], 0
+        waiting.append(example)
+        num_tokens += example.num_tokens
+    if waiting:
+        yield waiting
+
+
 def packed(examples: Iterable[Example], max_tokens: int) -> Iterator[PackedBatch]:
     """Examples in order, in batches each as full as that allows.
 
     Raises InvalidArgument for one that alone exceeds `max_tokens`.
     """
-    waiting: list[Example] = []
-    num_tokens = 0
-    for example in examples:
-        if waiting and num_tokens + example.num_tokens > max_tokens:
-            yield pack(waiting, max_tokens)
-            waiting, num_tokens = [], 0
-        waiting.append(example)
-        num_tokens += example.num_tokens
-    if waiting:
-        yield pack(waiting, max_tokens)
+    for group in grouped(examples, max_tokens):
+        yield pack(group, max_tokens)
 
 
 def _seen(examples: Sequence[Example]) -> dict[str, Seen]:

@@ -18,8 +18,8 @@ import torch
 from rich.table import Table
 
 from chiasm.convert.model import WholeModel
-from chiasm.training.data.encode import Encoder, Example
-from chiasm.training.data.packing import NO_LABEL, PackedBatch, pack
+from chiasm.training.data.encode import Encoder
+from chiasm.training.data.packing import NO_LABEL, PackedBatch, grouped, pack
 from chiasm.training.data.sample import Sample
 from chiasm.training.data.stream import held_out
 from chiasm.training.data.tasks import TASKS
@@ -89,18 +89,9 @@ def compare(
 
 
 def batches(encoder: Encoder, samples: Iterable[Sample]) -> Iterator[PackedBatch]:
-    """Samples in order, as many to a batch as are sure to fit."""
-    waiting: list[Example] = []
-    num_tokens = 0
-    for sample in samples:
-        example = encoder.encode(sample)
-        if waiting and num_tokens + example.num_tokens > _BATCH_TOKENS:
-            yield pack(waiting, num_tokens)
-            waiting, num_tokens = [], 0
-        waiting.append(example)
-        num_tokens += example.num_tokens
-    if waiting:
-        yield pack(waiting, num_tokens)
+    """Samples in order, as many to a batch as are sure to fit, or a single longer one."""
+    for group in grouped(map(encoder.encode, samples), _BATCH_TOKENS):
+        yield pack(group, sum(example.num_tokens for example in group))
 
 
 def _compared(models: tuple[WholeModel, WholeModel], batch: PackedBatch) -> Quality:
