@@ -76,11 +76,11 @@ def _run(out: Path, variant: str | None, seed: int) -> dict[str, Any]:
     """Trains and scores one model, or reads what it scored before."""
     directory = out / f"{variant or 'whole'}-{seed}"
     file = directory / _RESULT
-    if file.exists():
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
     if (directory / RUN).exists():
-        trainer = resume(directory)
+        trainer = resume(directory)  # which refuses a run that began with another recipe
+        if file.exists():
+            found: dict[str, Any] = json.loads(file.read_text())
+            return found
     else:
         trainer = start(directory, RunConfig(preset="ablation", ablation=variant, seed=seed))
     began = time.monotonic()

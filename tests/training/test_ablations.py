@@ -11,6 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))  # benchmarks are not part of the package
 
 from benchmarks import ablations
+from chiasm.errors import InvalidArgument
 from chiasm.training import presets
 
 GUIDE = Path(__file__).parents[2] / "docs/training.md"
@@ -55,6 +56,15 @@ def test_a_table_has_a_row_for_everything_that_was_measured() -> None:
     assert rows[5][1:] == ["0.50000 (0.25000 to 0.75000)", "0.12500 (0.12500 to 0.12500)"]
     assert rows[6] == ["orthogonality, vision gates", "0.50000 (0.50000 to 0.50000)"]  # no gate
     assert rows[7][1] == "0.5000 (0.2500 to 0.7500)"
+
+
+def test_a_result_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
+    directory = tmp_path / "whole-0"
+    directory.mkdir()
+    (directory / "result.json").write_text("{}")
+    (directory / "run.json").write_text('{"preset": "ablation", "recipe": "of last year"}')
+    with pytest.raises(InvalidArgument, match="another recipe"):
+        ablations._run(tmp_path, None, 0)
 
 
 def _table(runs: list[dict[str, Any]]) -> str:
