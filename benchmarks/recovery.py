@@ -19,11 +19,13 @@ from pathlib import Path
 from chiasm import local
 from chiasm.client import Client, Delta, Sampling, user
 from chiasm.local import StackConfig
+from chiasm.types import Modality
 
 # The tests know how to kill, stop and cut off processes.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from e2e.cluster import Cluster
+from e2e.cluster import Cluster, wait_until
 from e2e.networks import Network, fast_network
+from e2e.scaled import Scaled
 
 REPEATS = 5
 BEFORE = 40
@@ -54,6 +56,9 @@ def run(model: Path, report: Callable[[str], None]) -> dict[str, object]:
             for name, case in cases.items():
                 found[name] = _measure(stack, case)
                 _report(report, name, found[name])
+    with _shared_out(model) as shared_out:
+        found[SURVIVED] = _measure(shared_out, lambda _: _holder_killed(shared_out))
+        _report(report, SURVIVED, found[SURVIVED])
     if os.geteuid() == 0:
         for name, hedging in (("network cut, replica", True), ("network cut, no hedging", False)):
             found[name] = _measure_cuts(model, hedging=hedging)
@@ -85,6 +90,24 @@ def _stack(model: Path, *, hedging: bool, lane: bool = True) -> Iterator[Cluster
         yield stack
     finally:
         del os.environ["CHIASM_HEDGE_BUDGET"], os.environ["CHIASM_LANE"]
+        stack.stop()
+
+
+@contextmanager
+def _shared_out(model: Path) -> Iterator[Scaled]:
+    """Two servers of one text pool, each with half of its shards, as the orchestrator says."""
+    config = StackConfig(
+        model=model,
+        dtype="float32",
+        text_servers=2,
+        autoscale=True,
+        orchestrator_flags=("--scaling", "off"),
+    )
+    stack = Scaled(config)
+    try:
+        stack.endpoint = stack.start()
+        yield stack
+    finally:
         stack.stop()
 
 
@@ -178,6 +201,14 @@ def _all_servers_killed(stack: Cluster) -> Iterator[Callable[[], object]]:
 
 
 @contextmanager
+def _holder_killed(stack: Scaled) -> Iterator[Callable[[], object]]:
+    """The other server is told to take its shards, and loads them."""
+    yield lambda: stack.kill(stack.running(POOL)[0])
+    stack.add(POOL)
+    wait_until(lambda: stack.shards(Modality.TEXT) == [(0,), (1,)], "the shards are spread")
+
+
+@contextmanager
 def _decoder_killed(stack: Cluster) -> Iterator[Callable[[], object]]:
     if len(stack.running("decoder")) < 2:
         stack.add("decoder")
@@ -200,6 +231,7 @@ HEDGED: dict[str, Case] = {
     "all expert servers killed, one started": _all_servers_killed,
     "decoder killed, another one": _decoder_killed,
 }
+SURVIVED = "expert server killed, no replica, the other one takes its shards"
 UNHEDGED: dict[str, Case] = {
     "expert server stuck, replica, no hedging": _server_stuck,
     "expert server slow, replica, no hedging": _server_slow,
