@@ -66,6 +66,20 @@ async def test_a_bare_status_keeps_its_name(
         assert caught.value.reason == code.name
 
 
+async def test_who_cannot_be_reached_is_named() -> None:
+    """grpc itself names the address it tried, which behind a name or a proxy is another one."""
+    async with AsyncClient("localhost:1") as client:
+        with pytest.raises(errors.Unavailable, match=r"^localhost:1: "):
+            await client.get_model()
+        with pytest.raises(errors.Unavailable, match=r"^localhost:1: "):
+            await client.complete("Hello")
+    with (
+        Client("localhost:1") as blocking,
+        pytest.raises(errors.Unavailable, match=r"^localhost:1"),
+    ):
+        blocking.count_tokens("Hello")
+
+
 async def test_waiting_tells_what_the_tries_ended_with() -> None:
     """The peer has no health service, so that every try ends as the method is unknown."""
     async with peer() as address, AsyncClient(address) as client:

@@ -87,7 +87,7 @@ class AsyncClient:
         calls.check_open(self._is_closed)
         request = codec.generate_request(prompt, options, request_id=request_id)
         span = calls.start_span(prompt, options)
-        with calls.ending(span), calls.rpc_errors():
+        with calls.ending(span), calls.rpc_errors(self._endpoint):
             with trace.use_span(span):
                 metadata = calls.metadata(request_id, self._credentials)
             call = self._stub.Generate(
@@ -143,7 +143,7 @@ class AsyncClient:
         """Prompt tokens by modality that `generate` would use."""
         request = codec.count_request(prompt, enable_thinking=enable_thinking, model=model)
         calls.check_open(self._is_closed)
-        with calls.rpc_errors():
+        with calls.rpc_errors(self._endpoint):
             answer = await self._stub.CountTokens(
                 request,
                 timeout=calls.bound_s(timeout_s, self._timeout_s),
@@ -154,7 +154,7 @@ class AsyncClient:
     async def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
         """The served model and the gateway's limits."""
         calls.check_open(self._is_closed)
-        with calls.rpc_errors():
+        with calls.rpc_errors(self._endpoint):
             answer = await self._stub.GetModel(
                 inference_pb2.GetModelRequest(), timeout=timeout_s, metadata=self._credentials
             )
@@ -169,7 +169,7 @@ class AsyncClient:
         health = health_pb2_grpc.HealthStub(self._channel)
         request = health_pb2.HealthCheckRequest(service=calls.SERVICE)
         polls = calls.Polls(timeout_s, self._endpoint)
-        with calls.rpc_errors():
+        with calls.rpc_errors(self._endpoint):
             while True:
                 try:
                     answer = await health.Check(

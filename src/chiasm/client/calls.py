@@ -66,12 +66,12 @@ def check_open(is_closed: bool) -> None:
 
 
 @contextlib.contextmanager
-def rpc_errors() -> Iterator[None]:
+def rpc_errors(endpoint: str) -> Iterator[None]:
     """Failed calls leave as chiasm.errors, those that `close` ends too."""
     try:
         yield
     except grpc.RpcError as error:
-        raise status.from_rpc_error(error) from None
+        raise status.from_rpc_error(error, endpoint) from None
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():

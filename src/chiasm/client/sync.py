@@ -96,7 +96,7 @@ class Client:
     ) -> Iterator[events.Event]:
         calls.check_open(self._is_closed)
         span = calls.start_span(prompt, options)
-        with calls.ending(span), calls.rpc_errors():
+        with calls.ending(span), calls.rpc_errors(self._endpoint):
             with trace.use_span(span):
                 metadata = calls.metadata(request.request_id, self._credentials)
             call = self._stub.Generate(request, timeout=timeout_s, metadata=metadata)
@@ -147,7 +147,7 @@ class Client:
         """Prompt tokens by modality that `generate` would use."""
         request = codec.count_request(prompt, enable_thinking=enable_thinking, model=model)
         calls.check_open(self._is_closed)
-        with calls.rpc_errors():
+        with calls.rpc_errors(self._endpoint):
             answer = self._stub.CountTokens(
                 request,
                 timeout=calls.bound_s(timeout_s, self._timeout_s),
@@ -158,7 +158,7 @@ class Client:
     def get_model(self, *, timeout_s: float = calls.SHORT_TIMEOUT_S) -> events.Model:
         """The served model and the gateway's limits."""
         calls.check_open(self._is_closed)
-        with calls.rpc_errors():
+        with calls.rpc_errors(self._endpoint):
             answer = self._stub.GetModel(
                 inference_pb2.GetModelRequest(), timeout=timeout_s, metadata=self._credentials
             )

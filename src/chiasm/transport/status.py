@@ -46,9 +46,14 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Chias
     raise AssertionError("abort raises")
 
 
-def from_rpc_error(error: grpc.RpcError) -> errors.ChiasmError:
-    """The domain error a failed call stands for; without a reason of its own, the status's name."""
-    code = error.code().value[0]
+def from_rpc_error(error: grpc.RpcError, peer: str = "") -> errors.ChiasmError:
+    """The domain error a failed call stands for; without a reason of its own, the status's name.
+
+    peer: who was called; it is named where no handler has said what went wrong, but grpc itself.
+    """
+    code, message = error.code().value[0], error.details() or ""
+    if peer and not has_details(error):
+        message = f"{peer}: {message}"
     reason, field, retry_after_s = error.code().name, "", None
     for detail in _details(error):
         info = error_details_pb2.ErrorInfo()
@@ -60,9 +65,7 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ChiasmError:
             field = bad_request.field_violations[0].field
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
-    return errors.from_code(
-        code, error.details() or "", reason=reason, field=field, retry_after_s=retry_after_s
-    )
+    return errors.from_code(code, message, reason=reason, field=field, retry_after_s=retry_after_s)
 
 
 def parsed(message: _M | None, sender: str) -> _M:
