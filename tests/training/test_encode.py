@@ -30,7 +30,7 @@ from chiasm.training.data.sample import Clip, Picture, Sample
 from chiasm.training.data.stream import Stream
 from chiasm.training.data.tasks import TASKS
 
-MAX_ANSWER_TOKENS = 14
+MAX_ANSWER_TOKENS = 17
 MAX_PIXEL_CHANGE = 12.0
 """Mean over a frame, in grey levels: what H.264 and halved colour do to sharp edges."""
 

@@ -155,6 +155,14 @@ def test_bars() -> None:
         assert list(heights.values()).count(extreme) == 1
 
 
+VERDICTS = {
+    (True, Language.ENGLISH): "first {}, second {}, the same: yes",
+    (False, Language.ENGLISH): "first {}, second {}: no",
+    (True, Language.CHINESE): "第一张{}，第二张{}，一样：是",
+    (False, Language.CHINESE): "第一张{}，第二张{}：否",
+}
+
+
 def test_same_or_not() -> None:
     for sample in drawn("same"):
         seen = []
@@ -167,13 +175,8 @@ def test_same_or_not() -> None:
         )
         kinds = [one[not is_about_shape] for one in seen]
         names = [({**SHAPE_NAMES, **COLOUR_NAMES})[kind].of(sample.language) for kind in kinds]
-        verdicts = ("yes", "是") if kinds[0] == kinds[1] else ("no", "否")
-        form = (
-            "first {}, second {}: {}"
-            if sample.language is Language.ENGLISH
-            else "第一张{}，第二张{}：{}"
-        )
-        assert sample.answer == form.format(*names, verdicts[sample.language is Language.CHINESE])
+        form = VERDICTS[kinds[0] == kinds[1], sample.language]
+        assert sample.answer == form.format(*names)
 
 
 def test_which_has_more() -> None:
@@ -224,14 +227,22 @@ def test_words_are_as_many_letters_as_can_be_seen() -> None:
     assert len(set(words.WORDS)) == len(words.WORDS)
 
 
+def worked_out(a: int, b: int, is_plus: bool) -> str:
+    return f"{a}+{b}={a + b}" if is_plus else f"{a}-{b}={a - b}"
+
+
 def test_sums() -> None:
     for sample in drawn("sums"):
         a, b = map(int, re.findall(r"\d+", looking.question(sample)))
         if "from" in looking.question(sample):
             a, b = b, a
-        is_plus = re.search(r"\+|Add|加", looking.question(sample))
-        assert sample.answer == (f"{a}+{b}={a + b}" if is_plus else f"{a}-{b}={a - b}")
+        is_plus = bool(re.search(r"\+|Add|加", looking.question(sample)))
+        *ones, last = sample.answer.split(", ")
+        assert last == worked_out(a, b, is_plus)
         assert is_plus or a >= b
+        # A sum of ones comes first, just when there are tens that it leaves alone, or one fewer.
+        in_ones = a % 10 + (0 if is_plus or a % 10 >= b else 10)
+        assert ones == ([worked_out(in_ones, b, is_plus)] if in_ones != a else [])
 
 
 def test_lookups() -> None:

@@ -93,5 +93,3 @@ SHAPE_NAMES = {
     "cross": Bilingual("cross", "十字形"),
     "diamond": Bilingual("diamond", "菱形"),
 }
-
-YES, NO = Bilingual("yes", "是"), Bilingual("no", "否")

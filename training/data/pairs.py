@@ -10,10 +10,8 @@ from chiasm.training.data.drawing import Figure, draw_figures, paper, photograph
 from chiasm.training.data.names import (
     COLOUR_NAMES,
     COLOURS,
-    NO,
     SHAPE_NAMES,
     SHAPES,
-    YES,
     Bilingual,
     Phrasings,
 )
@@ -33,9 +31,10 @@ _SAME = {
         zh=("两张图中的颜色相同吗？", "这两张图片的颜色一样吗？"),
     ),
 }
-VERDICT = Bilingual(
-    "first {first}, second {second}: {verdict}", "第一张{first}，第二张{second}：{verdict}"
+_ALIKE = Bilingual(
+    "first {first}, second {second}, the same: yes", "第一张{first}，第二张{second}，一样：是"
 )
+_UNLIKE = Bilingual("first {first}, second {second}: no", "第一张{first}，第二张{second}：否")
 _MORE = Phrasings(
     en=("Which picture has more {shape}s?", "In which picture are there more shapes?"),
     zh=("哪张图里的{shape}更多？", "哪张图片中的图形更多？"),
@@ -48,6 +47,16 @@ def _draw_one(shape: str, colour: str, rng: Random) -> Picture:
     x, y = (rng.uniform(size / 2, SIDE - size / 2) for _ in range(2))
     figure = Figure(shape=shape, colour=tint(colour, rng), x=x, y=y, size=size)
     return Picture(photographed(draw_figures(SIDE, SIDE, paper(rng), [figure]), rng))
+
+
+def compared(first: Bilingual, second: Bilingual) -> Bilingual:
+    """Both, then the verdict.
+
+    Behind a name that is said again follows what followed it before, a comma; behind another one, a
+    colon. So two are found alike as whatever stands behind a name is found (an induction head); a
+    verdict after the same colon in both cases takes one more step, and was hardly ever learnt.
+    """
+    return (_ALIKE if first == second else _UNLIKE).filled(first=first, second=second)
 
 
 def _draft_same(rng: Random) -> Draft:
@@ -64,7 +73,7 @@ def _draft_same(rng: Random) -> Draft:
     return Draft(
         key=(asked, shown),
         phrasings=_SAME[asked],
-        answer=VERDICT.filled(first=first, second=second, verdict=YES if alike[asked] else NO),
+        answer=compared(first, second),
         draw=lambda rng: tuple(_draw_one(shape, colour, rng) for shape, colour in shown),
         shows=probes.figures(shown),
     )

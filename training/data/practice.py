@@ -4,8 +4,7 @@
 A question with a one-word answer tells one thing about a picture that took a hundred times the work
 to look at. These ask for everything that is there, in order, and so teach shapes, colours, letters
 and heights many at a time. Words come from the training side of their own task; scenes and bars are
-drawn at random, now and then such as another task holds out. One asks, long after it was said, for
-a code.
+drawn at random, now and then such as another task holds out.
 """
 
 from __future__ import annotations
@@ -20,16 +19,14 @@ from chiasm.training.data.drawing import paper, photographed
 from chiasm.training.data.names import (
     COLOUR_NAMES,
     COLOURS,
-    NO,
     SHAPE_NAMES,
     SHAPES,
-    YES,
     Bilingual,
     Phrasings,
     lines,
     listed,
 )
-from chiasm.training.data.pairs import VERDICT
+from chiasm.training.data.pairs import compared
 from chiasm.training.data.sample import Draft, Picture, Split, Task
 from chiasm.training.data.scenes import (
     CELL,
@@ -43,12 +40,13 @@ from chiasm.training.data.scenes import (
     told_colours,
     told_places,
 )
-from chiasm.training.data.texts import FILLER, NUMBERS, PEOPLE, any_code, draft_code, row
+from chiasm.training.data.texts import NUMBERS, PEOPLE, row
+
+_VALUES = (*COLOUR_NAMES.values(), *SHAPE_NAMES.values(), *NUMBERS)
+_THINGS = (*_VALUES, *PEOPLE)
 
 _COLUMNS, _ROWS = 3, 2
 _STRAY = 4
-_SENTENCES = (8, 48)
-"""Between a code and the question for it, at least and at most."""
 
 _LIST = Phrasings(
     en=("List everything in the picture.", "Name all shapes with their colours."),
@@ -71,8 +69,8 @@ _LINES = Phrasings(
     zh=("请读出所有单词。", "每一行写着什么？"),
 )
 _ALIKE = Phrasings(
-    en=("The first picture shows {first}, the second {second}. Are they alike?",),
-    zh=("第一张图是{first}，第二张图是{second}，一样吗？",),
+    en=("Think of two things. Are they alike?",),
+    zh=("请想象两样东西，一样吗？",),
 )
 _RANKING = Phrasings(
     en=("Order the bars from the tallest to the shortest.", "Name the bars, the tallest first."),
@@ -191,15 +189,18 @@ def _draft_ranking(rng: Random) -> Draft:
 
 
 def _draft_alike(rng: Random) -> Draft:
-    """The verdict on two pictures that are told of, alike half of the time."""
+    """The verdict on two things of the answer itself, alike half of the time.
+
+    Nothing else tells it: what the question would name, the answer would have from there, and two
+    that differ would be as much repeated as two that do not. And things are too many to know all
+    pairs by heart.
+    """
     is_alike = rng.random() < 0.5
-    names = tuple(rng.choice((COLOUR_NAMES, SHAPE_NAMES)).values())
-    first, second = [rng.choice(names)] * 2 if is_alike else rng.sample(names, 2)
+    first, second = [rng.choice(_THINGS)] * 2 if is_alike else rng.sample(_THINGS, 2)
     return Draft(
         key=(first.en, second.en),
         phrasings=_ALIKE,
-        answer=VERDICT.filled(first=first, second=second, verdict=YES if is_alike else NO),
-        fields={"first": first, "second": second},
+        answer=compared(first, second),
     )
 
 
@@ -207,8 +208,7 @@ def _draft_retold(rng: Random) -> Draft:
     """A table in another order: whatever stands behind a name is found again by the name."""
     letters = [Bilingual.same(letter) for letter in probes.LETTERS]
     keys = rng.sample((*letters, *PEOPLE), rng.randint(3, 8))
-    values = (*COLOUR_NAMES.values(), *SHAPE_NAMES.values(), *NUMBERS)
-    rows = [row((key, rng.choice(values))) for key in keys]
+    rows = [row((key, rng.choice(_VALUES))) for key in keys]
     return Draft(
         key=tuple(each.en for each in rows),
         phrasings=_RETELL,
@@ -231,11 +231,6 @@ def _draft_told(rng: Random) -> Draft:
     )
 
 
-def _draft_recall(rng: Random) -> Draft:
-    """A code, asked for hundreds of tokens later."""
-    return draft_code(any_code(rng), rng.choices(FILLER, k=rng.randint(*_SENTENCES)))
-
-
 TASKS = tuple(
     Task(name=name, threshold=0.9, draft=draft)
     for name, draft in (
@@ -248,6 +243,5 @@ TASKS = tuple(
         ("alike", _draft_alike),
         ("retold", _draft_retold),
         ("told", _draft_told),
-        ("recall", _draft_recall),
     )
 )

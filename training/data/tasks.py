@@ -116,12 +116,7 @@ ARRANGE: Mapping[str, float] = MappingProxyType(
 )
 """Several things, and how they lie to one another."""
 
-RECKON: Mapping[str, float] = MappingProxyType(
-    {**MIX, "sums": 150, "words": 40, "digits": 15, "lines": 10}
-)
-"""Sums, which are still being learnt when all else is known, and all else so that it stays."""
-
 READ: Mapping[str, float] = MappingProxyType(
-    {**MIX, "words": 120, "lines": 40, "letters": 15, "digits": 15, "sums": 20}
+    {**MIX, "words": 120, "lines": 40, "letters": 15, "digits": 15}
 )
 """Words, the hardest thing to see, and all else so that it stays."""

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - Chinese has its own punctuation
-"""Tasks of text alone: small sums, looking up what was just said, saying a code again later.
+"""Tasks of text alone: small sums, looking up what was just said, saying a code again soon or late.
 
 Held out are sums (two numbers and what is done with them), sets of facts, and codes.
 """
@@ -15,6 +15,9 @@ from chiasm.training.data.sample import Draft, Key, Task
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 _MAX_SENTENCES = 4
+_MANY_SENTENCES = (8, 48)
+"""Between a code and the question for it, at least and at most, where it is far away."""
+_TEN = 10
 _SMALL = 0.3
 """Of the sums, how many begin with a number below 20 for sure."""
 
@@ -51,7 +54,7 @@ _WHICH_COLOUR = Phrasings(
     en=("{facts}\nWhich colour does {name} like?", "{facts}\nAnd the colour of {name}?"),
     zh=("{facts}\n{name}的颜色是什么？", "{facts}\n请问{name}的颜色是哪种？"),
 )
-FILLER = (
+_FILLER = (
     Bilingual("The sun is warm today.", "今天阳光很暖和。"),
     Bilingual("A small dog runs in the park.", "一只小狗在公园里跑。"),
     Bilingual("My sister reads a long book.", "我的妹妹在读一本长长的书。"),
@@ -73,18 +76,33 @@ _CODE = Phrasings(
 
 
 def _draft_sum(rng: Random) -> Draft:
-    """The answer says the sum again, so that its result comes right behind its numbers."""
+    """The answer adds or takes ones before it says the whole sum, as on paper: 7+8=15, 57+8=65.
+
+    So ten times as few sums are to be known by heart, and each comes ten times as often.
+    """
     # Small numbers have rows of their own (8-1 is not 28-1 without its ten), and are few.
     a = rng.randrange(20 if rng.random() < _SMALL else 100)
     b = rng.randrange(10)
     is_plus = a < b or rng.random() < 0.5
-    sign, result = ("+", a + b) if is_plus else ("-", a - b)
+    steps = [_sum(a, b, is_plus)]
+    if a >= _TEN and (ones := _ones(a, b, is_plus)) != a:
+        steps.insert(0, _sum(ones, b, is_plus))
     return Draft(
-        key=(sign, a, b),
+        key=("+" if is_plus else "-", a, b),
         phrasings=_PLUS if is_plus else _MINUS,
-        answer=Bilingual.same(f"{a}{sign}{b}={result}"),
+        answer=Bilingual.same(", ".join(steps)),
         fields={"a": Bilingual.same(a), "b": Bilingual.same(b)},
     )
+
+
+def _ones(a: int, b: int, is_plus: bool) -> int:
+    """What is left of `a` without its tens, one of which stays where `b` could not be taken."""
+    ones = a % _TEN
+    return ones if is_plus or ones >= b else ones + _TEN
+
+
+def _sum(a: int, b: int, is_plus: bool) -> str:
+    return f"{a}+{b}={a + b}" if is_plus else f"{a}-{b}={a - b}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,15 +154,20 @@ def _draft_lookup(rng: Random) -> Draft:
 
 
 def _draft_copy(rng: Random) -> Draft:
-    return draft_code(any_code(rng), rng.sample(FILLER, rng.randint(0, _MAX_SENTENCES)))
+    return _draft_code(_any_code(rng), rng.sample(_FILLER, rng.randint(0, _MAX_SENTENCES)))
 
 
-def any_code(rng: Random) -> str:
+def _draft_recall(rng: Random) -> Draft:
+    """Hundreds of tokens later."""
+    return _draft_code(_any_code(rng), rng.choices(_FILLER, k=rng.randint(*_MANY_SENTENCES)))
+
+
+def _any_code(rng: Random) -> str:
     """Three or four letters and digits."""
     return "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(3, 4)))
 
 
-def draft_code(code: str, filler: Sequence[Bilingual]) -> Draft:
+def _draft_code(code: str, filler: Sequence[Bilingual]) -> Draft:
     """The code, then sentences about something else, then a question for the code."""
     between = Bilingual(
         "".join(f"{sentence.en} " for sentence in filler),
@@ -162,4 +185,5 @@ TASKS = (
     Task(name="sums", threshold=0.98, draft=_draft_sum),
     Task(name="lookup", threshold=0.98, draft=_draft_lookup),
     Task(name="copy", threshold=0.98, draft=_draft_copy),
+    Task(name="recall", threshold=0.98, draft=_draft_recall),
 )

@@ -26,7 +26,7 @@ def train(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Only this stage: language, longer, sight, joint, sums or words."),
+        typer.Option(help="Only this stage: language, longer, sight, joint or words."),
     ] = None,
     model: Annotated[
         Path | None,
