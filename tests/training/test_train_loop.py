@@ -211,7 +211,7 @@ def test_sight_alone_moves_what_sees_and_learns_to_read(tmp_path: Path) -> None:
 
 def test_detached_text_stands_still_in_batches_with_media(tmp_path: Path) -> None:
     preset = short_preset(1, 1, 1, 2)
-    stage = replace(preset.stage("joint"), detach_text=True)
+    stage = replace(preset.stage("joint"), mix={"shape": 1}, detach_text=True)
     objective = replace(preset.objective, orthogonality=0.0, bias_step=0.0)
     preset = replace(preset, stages=(stage,), objective=objective)
     run = trainer(tmp_path, preset)
@@ -293,7 +293,7 @@ def test_a_run_begins_with_the_weights_and_words_of_a_model(tmp_path: Path) -> N
     flags = ["train", "--preset", "smoke", "--max-steps", "1"]
     assert CliRunner().invoke(app, [*flags, "--out", str(tmp_path / "one")]).exit_code == 0
     model = tmp_path / "one" / "model"
-    config = RunConfig(preset="smoke", stage="sums", model=str(model), seed=7)
+    config = RunConfig(preset="smoke", stage="words", model=str(model), seed=7)
     begun = start(tmp_path / "two", config)
     words = (model / "tokenizer.json").read_bytes()
     assert (tmp_path / "two" / "description" / "tokenizer.json").read_bytes() == words
