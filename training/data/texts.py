@@ -85,7 +85,7 @@ def _draft_sum(rng: Random) -> Draft:
     b = rng.randrange(10)
     is_plus = a < b or rng.random() < 0.5
     steps = [_sum(a, b, is_plus)]
-    if a >= _TEN and (ones := _ones(a, b, is_plus)) != a:
+    if (ones := _ones(a, b, is_plus)) != a:
         steps.insert(0, _sum(ones, b, is_plus))
     return Draft(
         key=("+" if is_plus else "-", a, b),
