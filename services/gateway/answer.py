@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from chiasm import errors
 from chiasm.model.tokenizer import IncrementalDecoder, Tokenizer
@@ -25,7 +26,7 @@ class Answer:
     def __init__(
         self, *, index: int, sampling: Sampling, tokenizer: Tokenizer, thought_end: int | None
     ) -> None:
-        self._index, self._sampling = index, sampling
+        self.index, self._sampling = index, sampling
         self._text, self._thought = IncrementalDecoder(tokenizer), IncrementalDecoder(tokenizer)
         self._thought_end = thought_end
         # The blank lines between thought and answer are neither; a form may ask for its own.
@@ -52,13 +53,28 @@ class Answer:
                 return self._finished(event.finished)
         return []
 
+    def replay(self, token_ids: Sequence[int]) -> list[inference_pb2.GenerateResponse]:
+        """Goes through the tokens that the client has already; the answer's end if they hold it.
+
+        Raises InvalidArgument for tokens behind that end.
+        """
+        field = f"received[{self.index}].token_ids"
+        unheard = inference_pb2.Delta()
+        for i, token_id in enumerate(token_ids):
+            stop = self._push(token_id, unheard)
+            if stop is not None:
+                if i + 1 < len(token_ids):
+                    raise errors.InvalidArgument(field, f"the answer ends at {stop!r} before")
+                return [self._end(_STOP, stop=stop)]
+        return []
+
     def _tokens(self, tokens: decoder_pb2.DecodedTokens) -> list[inference_pb2.GenerateResponse]:
         if tokens.HasField("timings"):
             self.timings.CopyFrom(tokens.timings)
         if not self.num_tokens:  # a decoder that takes over reports its own cache
             self.num_cached = tokens.cached_tokens
         self._first_token_ns = self._first_token_ns or time.monotonic_ns()
-        delta = inference_pb2.Delta(index=self._index)
+        delta = inference_pb2.Delta(index=self.index)
         stop = None
         for i, token_id in enumerate(tokens.token_ids):
             delta.token_ids.append(token_id)
@@ -102,7 +118,7 @@ class Answer:
         if finished.reason not in _REASONS:
             raise errors.Internal(f"the decoder sent finish reason {finished.reason}")
         self.timings.CopyFrom(finished.timings)
-        delta = inference_pb2.Delta(index=self._index, reasoning_text=self._thought.flush())
+        delta = inference_pb2.Delta(index=self.index, reasoning_text=self._thought.flush())
         passed = self._pass(self._text.flush())
         delta.text = passed.text
         if passed.stop is not None:
@@ -123,7 +139,7 @@ class Answer:
         )
         return inference_pb2.GenerateResponse(
             choice_finished=inference_pb2.ChoiceFinished(
-                index=self._index,
+                index=self.index,
                 reason=reason,
                 stop_str=stop,
                 stop_token_id=self._last_id if is_stop_id else None,

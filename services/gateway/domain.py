@@ -144,7 +144,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A valid GenerateRequest."""
+    """A valid GenerateRequest. received: token ids of each answer that the client has already."""
 
     request_id: str
     prompt: PromptInput
@@ -152,6 +152,7 @@ class Generation:
     prompt_token_ids: bool
     prompt_logits: bool
     priority: int
+    received: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

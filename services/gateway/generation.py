@@ -25,6 +25,7 @@ from chiasm.v1 import decoder_pb2, inference_pb2
 
 Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 Events = AsyncGenerator[decoder_pb2.DecodeEvent, None]
+Ending = Sequence[inference_pb2.GenerateResponse]
 
 _MAX_ENCODE_AGAIN = 2
 _LOGIT_BYTES = 4
@@ -99,13 +100,6 @@ class Generator:
         self._check_fit(generation, laid_out)
         observation.laid_out(laid_out.usage)
         token_ids = laid_out.prompt.token_ids
-        yield inference_pb2.GenerateResponse(
-            started=inference_pb2.Started(
-                request_id=generation.request_id,
-                model=self._model_name,
-                prompt_token_ids=token_ids if generation.prompt_token_ids else (),
-            )
-        )
         call = _Call(
             generation=generation,
             laid_out=laid_out,
@@ -116,8 +110,17 @@ class Generator:
             home=Home(),
         )
         answers = [self._new_answer(call, i) for i in range(generation.sampling.num_choices)]
+        ends = await _replayed(answers, generation.received)
+        yield inference_pb2.GenerateResponse(
+            started=inference_pb2.Started(
+                request_id=generation.request_id,
+                model=self._model_name,
+                prompt_token_ids=token_ids if generation.prompt_token_ids else (),
+                seed=call.seed,
+            )
+        )
         responses = merged(
-            [self._stream(call, i, answer) for i, answer in enumerate(answers)],
+            [self._stream(call, answer, end) for answer, end in zip(answers, ends, strict=True)],
             lambda response: response.HasField("delta"),
         )
         try:
@@ -135,8 +138,16 @@ class Generator:
             thought_end=call.thought_end,
         )
 
-    async def _stream(self, call: _Call, index: int, answer: Answer) -> Responses:
-        """One answer; a decoder that does not know that it is complete is told so."""
+    async def _stream(self, call: _Call, answer: Answer, end: Ending) -> Responses:
+        """One answer; a decoder that does not know that it is complete is told so.
+
+        end: what is left to say of an answer whose tokens the client has all.
+        """
+        for response in end:
+            yield response
+        if answer.reason is not None:
+            return
+        index = answer.index
         events = self._decode(call, index)
         try:
             async for event in events:
@@ -167,6 +178,13 @@ class Generator:
                 f"{num_tokens} prompt tokens and {max_tokens} to generate exceed the context of "
                 f"{limit}",
             )
+        for i, token_ids in enumerate(generation.received):
+            if num_tokens + len(token_ids) > limit:
+                raise errors.InvalidArgument(
+                    f"received[{i}].token_ids",
+                    f"{num_tokens} prompt tokens and {len(token_ids)} ids exceed the context of "
+                    f"{limit}",
+                )
         num_bytes = num_tokens * self._config.text.vocab_size * _LOGIT_BYTES
         if generation.prompt_logits and num_bytes > self._max_prompt_logits_bytes:
             raise errors.InvalidArgument(
@@ -179,7 +197,7 @@ class Generator:
         """The decoder's events; media whose embeddings were evicted meanwhile are encoded again."""
         laid_out, observation, deadline = call.laid_out, call.observation, call.deadline
         encoded = laid_out.encoded
-        generated: list[int] = []
+        generated = [*call.generation.received[index]]
         for encodes_left in range(_MAX_ENCODE_AGAIN, -1, -1):
             request = decode_request(
                 call.generation,
@@ -217,6 +235,14 @@ class Generator:
             reason=errors.EMBEDDING_EVICTED,
             retry_after_s=self._retry_after_s,
         )
+
+
+async def _replayed(answers: Sequence[Answer], received: Sequence[Sequence[int]]) -> list[Ending]:
+    """Goes through what the client has already; what is left to say of each answer it has whole."""
+    if not any(received):
+        return [() for _ in answers]
+    pairs = zip(answers, received, strict=True)
+    return await asyncio.to_thread(lambda: [answer.replay(ids) for answer, ids in pairs])
 
 
 def _finished(call: _Call, answers: Sequence[Answer]) -> inference_pb2.GenerateResponse:

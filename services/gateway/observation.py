@@ -93,6 +93,8 @@ class Observation:
                 "gen_ai.output.type": _output_type(sampling.grammar),
             }
         )
+        if num_received := sum(map(len, generation.received)):
+            self._span.set_attribute("chiasm.received_tokens", num_received)
         if sampling.stop:
             self._span.set_attribute("gen_ai.request.stop_sequences", sampling.stop)
         if sampling.seed is not None and sampling.seed <= _INT64_MAX:

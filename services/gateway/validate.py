@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 from chiasm import errors
 from chiasm.services.gateway.domain import (
@@ -11,6 +12,7 @@ from chiasm.services.gateway.domain import (
     MediaSource,
     Message,
     PromptInput,
+    Sampling,
     Text,
     TokenIds,
 )
@@ -48,23 +50,45 @@ class Validator:
     def generation(self, request: inference_pb2.GenerateRequest) -> Generation:
         """A valid GenerateRequest; an empty id is replaced by a fresh one."""
         self._model(request.model)
+        how = sampling(
+            request.sampling,
+            vocab_size=self._vocab_size,
+            max_context_tokens=self._max_context_tokens,
+        )
         return Generation(
             request_id=request_id(request.request_id),
             prompt=self._prompt(request),
-            sampling=sampling(
-                request.sampling,
-                vocab_size=self._vocab_size,
-                max_context_tokens=self._max_context_tokens,
-            ),
+            sampling=how,
             prompt_token_ids=request.output.prompt_token_ids,
             prompt_logits=request.output.prompt_logits,
             priority=request.priority,
+            received=self._received(request.received, how),
         )
 
     def count(self, request: inference_pb2.CountTokensRequest) -> PromptInput:
         """The prompt of a valid CountTokensRequest."""
         self._model(request.model)
         return self._prompt(request)
+
+    def _received(
+        self, received: Sequence[inference_pb2.Received], how: Sampling
+    ) -> tuple[tuple[int, ...], ...]:
+        if len(received) > how.num_choices:
+            raise errors.InvalidArgument(
+                "received", f"{len(received)} entries for {how.num_choices} answers"
+            )
+        if received and how.seed is None and how.temperature > 0:
+            raise errors.InvalidArgument(
+                "sampling.seed", "must be Started's when an answer is to go on"
+            )
+        limit = how.max_tokens or self._max_context_tokens
+        for i, each in enumerate(received):
+            field = f"received[{i}].token_ids"
+            if len(each.token_ids) > limit:
+                raise errors.InvalidArgument(field, f"{len(each.token_ids)} ids, limit {limit}")
+            check_ids(field, each.token_ids, self._vocab_size)
+        not_begun = ((),) * (how.num_choices - len(received))
+        return (*(tuple(each.token_ids) for each in received), *not_begun)
 
     def _model(self, name: str) -> None:
         if name and name != self._model_name:

@@ -249,8 +249,9 @@ class Stream:
         prompt_logits: bool = False,
         request_id: str = "",
         timeout_s: float = WAIT_S,
+        resume_timeout_s: float = WAIT_S,
     ) -> None:
-        self._client = Client(endpoint)
+        self._client = Client(endpoint, resume_timeout_s=resume_timeout_s)
         self._events = self._client.generate(
             prompt,
             sampling=sampling,

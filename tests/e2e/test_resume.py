@@ -1,4 +1,5 @@
-"""kill -9 of a decoder in mid-stream: the client's stream goes on, with the same tokens."""
+"""kill -9 of a decoder or a gateway in mid-stream: the client's stream goes on, with the same
+tokens."""
 
 from __future__ import annotations
 
@@ -95,6 +96,36 @@ def test_what_is_more_than_tokens_outlives_its_decoder(stack: Cluster) -> None:
             len(c.logprobs or ()) for c in wanted.choices
         ]
     assert stack.metrics("gateway")["chiasm_request_resumes_total"] >= before + 2
+
+
+def test_streams_outlive_their_gateways(stack: Cluster) -> None:
+    """Two die, one after the other; then a decoder does. A seed that nobody gave stays the same."""
+    prompt = PROMPTS["text"]
+    several = replace(SEEDED, n=3, seed=None, logprobs=2)
+    formed = replace(SEEDED, min_tokens=0, response_format=Regex("([a-z]{2} ){90}"))
+    requests = [*REQUESTS, (prompt, several), (prompt, formed)]
+    gateways = [stack.add("gateway", wait=False) for _ in range(2)]
+    for name in (*gateways, stack.add("decoder", wait=False)):
+        stack.wait_ready(name)
+    known = [*map(stack.address, gateways), stack.endpoint]
+    streams = [Stream(f"ipv4:{','.join(known)}", p, s) for p, s in requests]
+    victims = [*gateways, stack.running("decoder")[0]]
+    for victim, num_tokens in zip(victims, (15, 40, 60), strict=True):
+        for stream in streams:
+            stream.wait_tokens(num_tokens)
+        assert not any(stream.is_done for stream in streams)
+        if victim in gateways:
+            assert stack.metrics(victim)["chiasm_requests_in_flight"] == len(streams)
+        stack.kill(victim)
+    for stream, (asked, sampling) in zip(streams, requests, strict=True):
+        found = stream.result()
+        with Client(stack.endpoint) as client:
+            wanted = client.complete(asked, sampling=replace(sampling, seed=found.seed))
+        assert [(c.token_ids, c.text, c.finish_reason) for c in found.choices] == [
+            (c.token_ids, c.text, c.finish_reason) for c in wanted.choices
+        ]
+        assert [len(c.logprobs) for c in found.choices] == [len(c.logprobs) for c in wanted.choices]
+        assert replace(found.usage, cached_tokens=0) == replace(wanted.usage, cached_tokens=0)
 
 
 def test_the_last_decoder_dies_and_another_comes(stack: Cluster) -> None:

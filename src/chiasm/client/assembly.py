@@ -84,6 +84,7 @@ class Assembler:
             raise errors.DataLoss("the answer ended before it was complete")
         return events.Result(
             request_id=self._started.request_id,
+            seed=self._started.seed,
             model=self._started.model,
             choices=tuple(self._choices[index].result() for index in sorted(self._choices)),
             prompt_token_ids=self._started.prompt_token_ids,

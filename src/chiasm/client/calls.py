@@ -24,6 +24,9 @@ DEFAULT_TIMEOUT_S = 600.0
 SHORT_TIMEOUT_S = 30.0
 """Bound of the calls that generate nothing."""
 
+RESUME_TIMEOUT_S = 10.0
+"""How long a stream that broke off looks for a gateway."""
+
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 """Bound of one message. The gateway's own bound is tighter and is the one that counts."""
 

@@ -46,11 +46,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The request was accepted. `prompt_token_ids` is empty unless asked for."""
+    """The request was accepted. `prompt_token_ids` is empty unless asked for. seed: the request's
+    own or the gateway's choice."""
 
     request_id: str
     model: str
     prompt_token_ids: tuple[int, ...]
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +142,13 @@ class Choice:
 class Result:
     """All answers, in order of their index; the first one's fields are at hand as the result's.
 
-    prompt_logits: [T, V], or None unless asked for. prompt_logprobs: an entry per prompt token but
-    the first, when asked for.
+    seed: with it the same request has the same answers. prompt_logits: [T, V], or None unless asked
+    for. prompt_logprobs: an entry per prompt token but the first, when asked for.
     """
 
     request_id: str
     model: str
+    seed: int
     choices: tuple[Choice, ...]
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...]

@@ -13,6 +13,7 @@ from opentelemetry import trace
 from chiasm.client import calls, codec, events
 from chiasm.client.assembly import assemble
 from chiasm.client.messages import DEFAULT_SAMPLING, Prompt, Sampling
+from chiasm.client.resumption import PAUSE_S, Resumption
 from chiasm.transport import channel
 from chiasm.types import TlsFiles
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
@@ -22,7 +23,8 @@ class Client:
     """Speaks to a gateway at host:port. Calls raise chiasm.errors and are bounded in time.
 
     Use as a context manager, or call `close`. With `tls`, which may be empty, the
-    connection is encrypted; without, plain text. Safe to share between threads.
+    connection is encrypted; without, plain text. Safe to share between threads. A stream that
+    breaks off goes on at whichever gateway answers there within `resume_timeout_s`.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class Client:
         timeout_s: float = calls.DEFAULT_TIMEOUT_S,
         tls: TlsFiles | None = None,
         api_key: str = "",
+        resume_timeout_s: float = calls.RESUME_TIMEOUT_S,
     ) -> None:
         self._endpoint, self._timeout_s = endpoint, timeout_s
+        self._resume_timeout_s = resume_timeout_s
         self._credentials = calls.credentials(api_key)
         self._channel = channel.open_blocking_channel(
             endpoint, max_message_bytes=calls.MAX_MESSAGE_BYTES, files=tls
@@ -96,17 +100,28 @@ class Client:
     ) -> Iterator[events.Event]:
         calls.check_open(self._is_closed)
         span = calls.start_span(prompt, options)
+        stream = Resumption(request, self._resume_timeout_s)
+        end = time.monotonic() + timeout_s
         with calls.ending(span), calls.rpc_errors(self._endpoint):
             with trace.use_span(span):
                 metadata = calls.metadata(request.request_id, self._credentials)
-            call = self._stub.Generate(request, timeout=timeout_s, metadata=metadata)
-            try:
-                for answer in call:
-                    if (event := codec.event(answer)) is not None:
-                        calls.record(span, event)
-                        yield event
-            finally:
-                call.cancel()
+            while True:
+                left_s = max(0.0, end - time.monotonic())
+                call = self._stub.Generate(stream.request, timeout=left_s, metadata=metadata)
+                try:
+                    for answer in call:
+                        event = codec.event(answer)
+                        if event is not None and stream.is_new(event):
+                            calls.record(span, event)
+                            yield event
+                    return
+                except grpc.RpcError as failure:
+                    if self._is_closed or not stream.is_worth(failure):
+                        raise
+                finally:
+                    call.cancel()
+                time.sleep(PAUSE_S)
+                calls.check_open(self._is_closed)
 
     def complete(
         self,
