@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from chiasm import local
 from chiasm.client import Client, Delta, Sampling, user
@@ -34,6 +35,8 @@ BEFORE = 40
 SAMPLING = Sampling(max_tokens=1000, temperature=0, ignore_eos=True)
 PROMPT = [user("Tell me of the sea, the wind and the rain.")]
 POOL = "text-pool-0"
+
+_C = TypeVar("_C", bound=Cluster)
 
 Case = Callable[[Cluster], AbstractContextManager[Callable[[], object]]]
 """Gives what makes something fail, and sets the stack right afterwards."""
@@ -83,18 +86,15 @@ def _stack(model: Path, *, hedging: bool, lane: bool = True) -> Iterator[Cluster
     """Two servers of one text pool, one decoder."""
     os.environ["CHIASM_HEDGE_BUDGET"] = "0.05" if hedging else "0"
     os.environ["CHIASM_LANE"] = str(lane)
-    stack = Cluster(StackConfig(model=model, dtype="float32"))
     try:
-        stack.endpoint = stack.start()
-        stack.add(POOL)
-        yield stack
+        with _started(Cluster(StackConfig(model=model, dtype="float32"))) as stack:
+            stack.add(POOL)
+            yield stack
     finally:
         del os.environ["CHIASM_HEDGE_BUDGET"], os.environ["CHIASM_LANE"]
-        stack.stop()
 
 
-@contextmanager
-def _shared_out(model: Path) -> Iterator[Scaled]:
+def _shared_out(model: Path) -> AbstractContextManager[Scaled]:
     """Two servers of one text pool, each with half of its shards, as the orchestrator says."""
     config = StackConfig(
         model=model,
@@ -103,7 +103,11 @@ def _shared_out(model: Path) -> Iterator[Scaled]:
         autoscale=True,
         orchestrator_flags=("--scaling", "off"),
     )
-    stack = Scaled(config)
+    return _started(Scaled(config))
+
+
+@contextmanager
+def _started(stack: _C) -> Iterator[_C]:
     try:
         stack.endpoint = stack.start()
         yield stack
@@ -223,6 +227,14 @@ def _decoder_killed(stack: Cluster) -> Iterator[Callable[[], object]]:
             stack.wait_gone(decoder)
 
 
+@contextmanager
+def _gateway_killed(stack: Cluster) -> Iterator[Callable[[], object]]:
+    victim, other = stack.add("gateway"), stack.endpoint
+    stack.endpoint = f"ipv4:{stack.address(victim)},{other}"
+    yield lambda: stack.kill(victim)
+    stack.endpoint = other
+
+
 HEDGED: dict[str, Case] = {
     "nothing": _nothing,
     "expert server killed, replica": _server_killed,
@@ -230,6 +242,7 @@ HEDGED: dict[str, Case] = {
     "expert server slow, replica": _server_slow,
     "all expert servers killed, one started": _all_servers_killed,
     "decoder killed, another one": _decoder_killed,
+    "gateway killed, another one": _gateway_killed,
 }
 SURVIVED = "expert server killed, no replica, the other one takes its shards"
 UNHEDGED: dict[str, Case] = {

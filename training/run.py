@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from chiasm.alone import alone
 from chiasm.errors import ChiasmError, InvalidArgument, NotFound
 from chiasm.model.config import ModelConfig
 from chiasm.training import checkpoint, presets
@@ -96,18 +97,22 @@ def train(
     trainer: Trainer, directory: Path, watch: Watcher, *, max_steps: int | None = None
 ) -> Path:
     """Runs to the end, or `max_steps` more; writes the serving checkpoint `directory`/model, and
-    plots where matplotlib is installed. Returns the checkpoint's path."""
-    trainer.run(watch, max_steps=max_steps)
+    plots where matplotlib is installed. Returns the checkpoint's path.
+
+    Raises FailedPrecondition while another process is at this run.
+    """
     out = directory / "model"
-    export(
-        trainer.model,
-        trainer.weights,
-        directory / "description",
-        out,
-        shard_bytes=trainer.preset.dimensions.shard_bytes,
-    )
-    if find_spec("matplotlib") is not None:
-        plot(directory)
+    with alone(directory):
+        trainer.run(watch, max_steps=max_steps)
+        export(
+            trainer.model,
+            trainer.weights,
+            directory / "description",
+            out,
+            shard_bytes=trainer.preset.dimensions.shard_bytes,
+        )
+        if find_spec("matplotlib") is not None:
+            plot(directory)
     return out
 
 

@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 from checkpoint.test_convert import convert
 
+from chiasm.alone import LOCK, alone
 from chiasm.convert import stream
 from chiasm.convert.plan import Options
 from chiasm.errors import FailedPrecondition
 
 
 def test_a_folder_is_locked_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, flock, unlink = tmp_path / stream._LOCK, fcntl.flock, Path.unlink
+    lock, flock, unlink = tmp_path / LOCK, fcntl.flock, Path.unlink
 
     def ends_just_now(*args: Any) -> None:
         unlink(lock)  # as the process does that had it locked when this one opened it
         flock(*args)
 
     monkeypatch.setattr(fcntl, "flock", ends_just_now)
-    with pytest.raises(FailedPrecondition), stream._alone(tmp_path):
+    with pytest.raises(FailedPrecondition), alone(tmp_path):
         pass
     monkeypatch.setattr(fcntl, "flock", flock)
 
@@ -33,7 +34,7 @@ def test_a_folder_is_locked_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
         unlink(path)
 
     monkeypatch.setattr(Path, "unlink", try_to_lock)
-    with stream._alone(tmp_path):
+    with alone(tmp_path):
         assert lock.exists()
     assert not lock.exists()
 

@@ -14,6 +14,7 @@ import torch
 from train_models import new_model, random_batch, served_logits, short_preset
 from typer.testing import CliRunner
 
+from chiasm.alone import LOCK, alone
 from chiasm.cli import app
 from chiasm.errors import InvalidArgument, NotFound
 from chiasm.model.checkpoint import Checkpoint
@@ -287,6 +288,13 @@ def test_a_run_that_ends_before_its_first_line_leaves_a_model(tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert (out / "model" / "config.json").exists()
     assert (out / "loss.png").exists()
+    assert not (out / LOCK).exists()
+    before = (out / "metrics.csv").read_bytes()
+    with alone(out):
+        second = CliRunner().invoke(app, ["train", "--resume", str(out)])
+    assert second.exit_code != 0
+    assert "another process is writing" in second.output
+    assert (out / "metrics.csv").read_bytes() == before
 
 
 def test_a_run_begins_with_the_weights_and_words_of_a_model(tmp_path: Path) -> None:

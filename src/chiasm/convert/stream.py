@@ -12,11 +12,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from chiasm.alone import LOCK, alone
 from chiasm.convert.encode import CPU, WEIGHED, Cost, encode
 from chiasm.convert.plan import (
     CopyFile,
@@ -35,7 +34,7 @@ from chiasm.convert.plan import (
     file_bytes,
 )
 from chiasm.durable import sync
-from chiasm.errors import FailedPrecondition, InvalidArgument, NotFound
+from chiasm.errors import InvalidArgument, NotFound
 from chiasm.kernels.quant import table
 from chiasm.model import manifest
 from chiasm.model.checkpoint import PICKLES, Checkpoint
@@ -52,9 +51,8 @@ REPORT = "chiasm_conversion.json"
 DENSE_ROWS = 4096
 """Of a matrix, encoded at a time: an embedding in float32 would take a gigabyte, several times."""
 
-_LOCK = "chiasm_convert.lock"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
-_OWN = ("config.json", manifest.NAME, REPORT, _LOCK)
+_OWN = ("config.json", manifest.NAME, REPORT, LOCK)
 """What a conversion writes itself: a source that was converted has its own."""
 
 Importance = Callable[[int, Modality, int, str], torch.Tensor | None]
@@ -86,7 +84,7 @@ def run(
     if out.resolve() == plan.source.resolve():
         raise InvalidArgument("out", "is the model's own folder")
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with alone(out):
         done = _resumed(plan, out)
         done.save(out)  # from here on whatever lies there is known to be ours
         missing = [file for file in plan.files if not _is_there(file, done, out)]
@@ -190,28 +188,12 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keeps two runs from writing one folder. The lock goes with the process, however it ends."""
-    with (out / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever has just ended has removed what was opened here, and another may lock anew.
-            is_alone = os.path.samestat(os.fstat(lock.fileno()), os.stat(out / _LOCK))
-        except OSError:
-            is_alone = False
-        if not is_alone:
-            raise FailedPrecondition(f"another process is converting to {out}")
-        yield
-        (out / _LOCK).unlink(missing_ok=True)
-
-
 def _resumed(plan: Plan, out: Path) -> Manifest:
     """What an earlier run of the plan has done."""
     try:
         done = Manifest.load(out)
     except NotFound:
-        if any(path.name != _LOCK and path.suffix != ".partial" for path in out.iterdir()):
+        if any(path.name != LOCK and path.suffix != ".partial" for path in out.iterdir()):
             raise InvalidArgument("out", f"{out} is not empty") from None
         return Manifest(fingerprint=plan.fingerprint, files={})
     if done.fingerprint != plan.fingerprint:
