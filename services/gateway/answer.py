@@ -54,19 +54,20 @@ class Answer:
         return []
 
     def replay(self, token_ids: Sequence[int]) -> list[inference_pb2.GenerateResponse]:
-        """Goes through the tokens that the client has already; the answer's end if they hold it.
+        """Goes on through tokens that the client has already; the answer's end if they hold it.
 
         Raises InvalidArgument for tokens behind that end.
         """
-        field = f"received[{self.index}].token_ids"
-        unheard = inference_pb2.Delta()
-        for i, token_id in enumerate(token_ids):
-            stop = self._push(token_id, unheard)
+        end: list[inference_pb2.GenerateResponse] = []
+        for token_id in token_ids:
+            if self.reason is not None:
+                raise errors.InvalidArgument(
+                    f"received[{self.index}].token_ids", "go on behind the answer's stop string"
+                )
+            stop = self._push(token_id, inference_pb2.Delta())
             if stop is not None:
-                if i + 1 < len(token_ids):
-                    raise errors.InvalidArgument(field, f"the answer ends at {stop!r} before")
-                return [self._end(_STOP, stop=stop)]
-        return []
+                end = [self._end(_STOP, stop=stop)]
+        return end
 
     def _tokens(self, tokens: decoder_pb2.DecodedTokens) -> list[inference_pb2.GenerateResponse]:
         if tokens.HasField("timings"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chiasm.types import Grid, MediaKind
@@ -144,7 +145,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A valid GenerateRequest. received: token ids of each answer that the client has already."""
+    """A valid GenerateRequest.
+
+    is_resumed: the client has a part of the answers already. received: the token ids that it has of
+    each.
+    """
 
     request_id: str
     prompt: PromptInput
@@ -152,7 +157,8 @@ class Generation:
     prompt_token_ids: bool
     prompt_logits: bool
     priority: int
-    received: tuple[tuple[int, ...], ...]
+    is_resumed: bool
+    received: tuple[Sequence[int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

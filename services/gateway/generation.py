@@ -29,6 +29,7 @@ Ending = Sequence[inference_pb2.GenerateResponse]
 
 _MAX_ENCODE_AGAIN = 2
 _LOGIT_BYTES = 4
+_REPLAYED_AT_A_TIME = 2048
 _REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
@@ -110,7 +111,7 @@ class Generator:
             home=Home(),
         )
         answers = [self._new_answer(call, i) for i in range(generation.sampling.num_choices)]
-        ends = await _replayed(answers, generation.received)
+        ends = [await _replayed(answer, generation.received[answer.index]) for answer in answers]
         yield inference_pb2.GenerateResponse(
             started=inference_pb2.Started(
                 request_id=generation.request_id,
@@ -208,7 +209,12 @@ class Generator:
                 thought_end=call.thought_end,
             )
             events = self._decoders.decode(
-                request, generated, call.home, deadline=deadline, context=observation.context
+                request,
+                generated,
+                call.home,
+                is_resumed=call.generation.is_resumed,
+                deadline=deadline,
+                context=observation.context,
             )
             try:
                 async for event in events:
@@ -237,12 +243,16 @@ class Generator:
         )
 
 
-async def _replayed(answers: Sequence[Answer], received: Sequence[Sequence[int]]) -> list[Ending]:
-    """Goes through what the client has already; what is left to say of each answer it has whole."""
-    if not any(received):
-        return [() for _ in answers]
-    pairs = zip(answers, received, strict=True)
-    return await asyncio.to_thread(lambda: [answer.replay(ids) for answer, ids in pairs])
+async def _replayed(answer: Answer, received: Sequence[int]) -> Ending:
+    """Goes through what the client has already; what is left to say of an answer it has whole.
+
+    A slice at a time: others want the thread too, and the client may leave.
+    """
+    end: list[inference_pb2.GenerateResponse] = []
+    for start in range(0, len(received), _REPLAYED_AT_A_TIME):
+        token_ids = received[start : start + _REPLAYED_AT_A_TIME]
+        end += await asyncio.to_thread(answer.replay, token_ids)
+    return end
 
 
 def _finished(call: _Call, answers: Sequence[Answer]) -> inference_pb2.GenerateResponse:

@@ -17,23 +17,28 @@ async def merged(
 ) -> AsyncGenerator[T, None]:
     """The items of all streams as they come; those of one stream in their order.
 
-    The first stream is alone until it ends or one of its items is under way: what it leaves in a
+    A stream is alone until an item is under way, one stream after another: what it leaves in a
     cache makes the others cheap. The first error of a stream ends all; so does closing. The streams
     are closed in any case.
     """
     try:
-        first = streams[0]
-        async for item in first:
-            yield item
-            if len(streams) > 1 and is_under_way(item):
+        for i, stream in enumerate(streams, start=1):
+            is_alone = True
+            async for item in stream:
+                yield item
+                if i < len(streams) and is_under_way(item):
+                    is_alone = False
+                    break
+            if not is_alone:
                 break
-        if len(streams) > 1:
-            together = _together(streams)
-            try:
-                async for item in together:
-                    yield item
-            finally:
-                await together.aclose()
+        else:
+            return
+        together = _together(streams)
+        try:
+            async for item in together:
+                yield item
+        finally:
+            await together.aclose()
     finally:
         for stream in streams:
             await stream.aclose()

@@ -131,6 +131,7 @@ class Observation:
     def finished(self, reason: str, num_tokens: int, *, num_cached: int) -> None:
         """Records that the call ended well; what happens to the last message no longer counts."""
         self._finish_reason, self._num_cached = reason, num_cached
+        self._num_tokens = num_tokens  # with those of gateways before this one
         metrics.CACHED_PROMPT_TOKENS.inc(num_cached)
         self._span.set_attributes(
             {

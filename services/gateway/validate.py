@@ -62,6 +62,7 @@ class Validator:
             prompt_token_ids=request.output.prompt_token_ids,
             prompt_logits=request.output.prompt_logits,
             priority=request.priority,
+            is_resumed=bool(request.received),
             received=self._received(request.received, how),
         )
 
@@ -72,7 +73,7 @@ class Validator:
 
     def _received(
         self, received: Sequence[inference_pb2.Received], how: Sampling
-    ) -> tuple[tuple[int, ...], ...]:
+    ) -> tuple[Sequence[int], ...]:
         if len(received) > how.num_choices:
             raise errors.InvalidArgument(
                 "received", f"{len(received)} entries for {how.num_choices} answers"
@@ -88,7 +89,7 @@ class Validator:
                 raise errors.InvalidArgument(field, f"{len(each.token_ids)} ids, limit {limit}")
             check_ids(field, each.token_ids, self._vocab_size)
         not_begun = ((),) * (how.num_choices - len(received))
-        return (*(tuple(each.token_ids) for each in received), *not_begun)
+        return (*(each.token_ids for each in received), *not_begun)
 
     def _model(self, name: str) -> None:
         if name and name != self._model_name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -128,6 +129,47 @@ async def test_each_of_several_answers_goes_on_by_itself(
     assert {i: end.stop_str for i, end in ends.items()} == {0: "stop", 1: "", 2: ""}
     assert rest[-1].finished.usage.completion_tokens == sum(map(len, ids.values()))
     assert sorted(r.sampling.seed for r in decoder.requests) == [8, 9]
+
+
+async def test_answers_left_begin_one_after_the_other(
+    stack: Stack, decoder: FakeDecoder, stub: Stub
+) -> None:
+    """The first of them computes the prompt for the others."""
+    num_asked = []
+
+    async def slow(
+        request: decoder_pb2.DecodeRequest,
+    ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
+        await asyncio.sleep(0.2)
+        num_asked.append(len(decoder.requests))
+        yield tokens_event(10)
+        yield finished_event()
+
+    decoder.scripts.extend([slow, saying([11]), saying([12])])
+    whole = stack.tokenizer.encode("stop")
+    await stream(stub, asking(whole, n=4, temperature=1.0, stop=["stop"]))
+    assert num_asked == [1]
+
+
+async def test_a_decoder_that_has_not_noticed_the_loss_is_asked_again(
+    decoder: FakeDecoder, stub: Stub
+) -> None:
+    """Also for an answer of which nothing has come yet."""
+
+    async def in_flight(
+        request: decoder_pb2.DecodeRequest,
+    ) -> AsyncIterator[decoder_pb2.DecodeEvent]:
+        raise errors.AlreadyExists("in flight", reason="REQUEST_IN_FLIGHT", field="request_id")
+        yield
+
+    for received in ([], [10]):
+        decoder.scripts.extend([in_flight, saying([10, 11])])
+        rest = await stream(stub, asking(received))
+        assert [i for d in deltas(rest) for i in d.token_ids] == [10, 11][len(received) :]
+    decoder.scripts.append(in_flight)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream(stub, asking())
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
 
 
 async def test_the_chosen_seed_is_told_and_taken_back(decoder: FakeDecoder, stub: Stub) -> None:

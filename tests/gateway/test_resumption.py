@@ -158,6 +158,8 @@ async def test_a_gateway_that_is_not_there_yet_is_asked_again(ask: Ask) -> None:
         (errors.Unavailable("the model is being loaded", retry_after_s=1.0),),
         (errors.Unavailable("draining", reason=errors.DRAINING, retry_after_s=1.0),),
         (errors.AlreadyExists("in flight", reason="REQUEST_IN_FLIGHT", field="request_id"),),
+        (errors.ResourceExhausted("full", reason="GATEWAY_FULL", retry_after_s=1.0),),
+        (grpc.StatusCode.CANCELLED,),
         (STARTED, said(2), CHOICE, FINISHED),
     )
     async with answering(peer) as address:
@@ -169,6 +171,38 @@ async def test_a_gateway_that_is_not_there_yet_is_asked_again(ask: Ask) -> None:
     )
     async with answering(peer) as address:
         with pytest.raises(errors.Unavailable, match="no decoder"):
+            await ask(address)
+
+
+@both
+async def test_an_answer_that_is_whole_is_not_asked_for_again(ask: Ask) -> None:
+    peer = Peer((STARTED, said(1), CHOICE, FINISHED, LOST))
+    async with answering(peer) as address:
+        events = await ask(address)
+    assert [type(event) for event in events] == [Started, Delta, ChoiceFinished, Finished]
+    assert len(peer.requests) == 1
+
+
+@both
+async def test_a_request_without_tokens_is_told_from_a_new_one(ask: Ask) -> None:
+    peer = Peer((STARTED, grpc.StatusCode.CANCELLED), (STARTED, said(1), CHOICE, FINISHED))
+    async with answering(peer) as address:
+        await ask(address)
+    assert [received(r) for r in peer.requests] == [[], [[]]]
+
+
+@both
+async def test_gateways_that_cannot_go_on_with_a_stream(ask: Ask) -> None:
+    """They tell no seed. One from before is not asked for a rest, and none is taken from it."""
+    older = Response(started=inference_pb2.Started(request_id="r", model="m"))
+    peer = Peer((older, said(1), LOST))
+    async with answering(peer) as address:
+        with pytest.raises(errors.Unavailable, match="says a proxy"):
+            await ask(address)
+    assert len(peer.requests) == 1
+    peer = Peer((STARTED, said(1), LOST), (older, said(1), CHOICE, FINISHED))
+    async with answering(peer) as address:
+        with pytest.raises(errors.Unavailable, match="older"):
             await ask(address)
 
 

@@ -108,6 +108,8 @@ class AsyncClient:
                             yield event
                     return
                 except grpc.RpcError as failure:
+                    if stream.is_finished:
+                        return
                     if self._is_closed or not stream.is_worth(failure):
                         raise
                 finally:

@@ -208,7 +208,7 @@ def _started(started: inference_pb2.Started) -> events.Started:
         request_id=started.request_id,
         model=started.model,
         prompt_token_ids=tuple(started.prompt_token_ids),
-        seed=started.seed,
+        seed=started.seed if started.HasField("seed") else None,
     )
 
 

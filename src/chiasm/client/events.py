@@ -47,12 +47,12 @@ class Timings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """The request was accepted. `prompt_token_ids` is empty unless asked for. seed: the request's
-    own or the gateway's choice."""
+    own or the gateway's choice; None from a gateway that does not tell."""
 
     request_id: str
     model: str
     prompt_token_ids: tuple[int, ...]
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class Result:
 
     request_id: str
     model: str
-    seed: int
+    seed: int | None
     choices: tuple[Choice, ...]
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...]

@@ -116,6 +116,8 @@ class Client:
                             yield event
                     return
                 except grpc.RpcError as failure:
+                    if stream.is_finished:
+                        return
                     if self._is_closed or not stream.is_worth(failure):
                         raise
                 finally:
