@@ -145,7 +145,7 @@ _BUNDLED = Preset(
             trains=_EVERYTHING,
             mix=MIX,
             batch_tokens=1024,
-            schedule=Schedule(steps=6800, warmup=100, peak=6e-4, floor=1e-5),
+            schedule=Schedule(steps=5800, warmup=100, peak=6e-4, floor=1e-5),
             # Letters have most of the labels: from the start they would drown what text and vision
             # experts have to learn before.
             lessons=(
@@ -158,7 +158,7 @@ _BUNDLED = Preset(
             trains=_EVERYTHING,
             mix=READ,
             batch_tokens=1024,
-            schedule=Schedule(steps=1400, warmup=50, peak=1.5e-4, floor=5e-6),
+            schedule=Schedule(steps=1400, warmup=50, peak=3e-4, floor=5e-6),
         ),
     ),
     # Chosen by short runs on a few tasks: at 2e-3 the ViT learns nothing for thousands of steps.

@@ -8,15 +8,18 @@ import looking
 import pytest
 import torch
 
+from chiasm.training.data import words
 from chiasm.training.data.encode import Encoder
 from chiasm.training.data.names import COLOURS, SHAPES
 from chiasm.training.data.packing import pack
-from chiasm.training.data.probes import LETTERS, PROBES, WORD_LETTERS
+from chiasm.training.data.probes import CELL, CELL_LETTERS, LETTERS, PROBES, WORD_LETTERS
 from chiasm.training.data.sample import Sample
-from chiasm.training.data.scenes import CELL
 from chiasm.training.data.stream import Stream
 from chiasm.training.data.tasks import PRACTICE, SEE, TASKS
 
+WORD_COLUMNS, WORD_ROWS = words.WIDTH // CELL, words.HEIGHT // CELL
+BLUR = 2
+"""Pixels at the ends of a thin line that are too light to be taken for ink."""
 TOLD = {**TASKS, **PRACTICE}
 
 
@@ -68,6 +71,24 @@ def test_words_letters_and_digits_are_spelt_as_answered() -> None:
         assert "".join(LETTERS[i] for i in sample.shows["cell_letter"]) == sample.answer
     for sample in samples("digits"):
         assert sample.shows["digit"] == (int(sample.answer),)
+
+
+@pytest.mark.parametrize("task", ["words", "lines"])
+def test_letters_are_told_where_their_ink_is(task: str) -> None:
+    """Line by line, the cells of one row spell the word, and none of them is without ink."""
+    for sample in samples(task, 60):
+        lines = looking.picture(sample).reshape(-1, WORD_ROWS * CELL, WORD_COLUMNS * CELL, 3)
+        cells = torch.tensor(sample.shows["letters"]).view(
+            len(lines), WORD_ROWS, WORD_COLUMNS, CELL_LETTERS
+        )
+        for pixels, found, word in zip(lines, cells, sample.answer.split(), strict=True):
+            inked = torch.from_numpy(pixels.mean(-1) < 150)
+            (row,) = found.flatten(1).any(1).nonzero().flatten().tolist()
+            assert spelt(found[row].flatten()) == word
+            middle = inked.any(1).nonzero().float().mean()
+            assert abs(middle - CELL * (row + 0.5)) < CELL / 2 + BLUR
+            columns = inked.view(WORD_ROWS * CELL, WORD_COLUMNS, CELL).any(2).any(0)
+            assert bool(columns[found[row].any(1)].all())
 
 
 @pytest.mark.parametrize("task", ["inventory", "colour", "count", "place", "relation"])

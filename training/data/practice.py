@@ -29,7 +29,6 @@ from chiasm.training.data.names import (
 from chiasm.training.data.pairs import compared
 from chiasm.training.data.sample import Draft, Picture, Split, Task
 from chiasm.training.data.scenes import (
-    CELL,
     SIDE,
     Placed,
     any_beside,
@@ -146,26 +145,27 @@ def _draft_letters(rng: Random) -> Draft:
 
 def _draw_letters(letters: str, rng: Random) -> Picture:
     columns = len(letters) // 2
-    sheet = Image.new("RGB", (CELL * columns, CELL * 2), paper(rng))
+    sheet = Image.new("RGB", (probes.CELL * columns, probes.CELL * 2), paper(rng))
     pen, font, ink = ImageDraw.Draw(sheet), words.any_font(rng), words.ink(rng)
     for index, letter in enumerate(letters):
-        x = CELL * (index % columns + 0.5) + rng.uniform(-_STRAY, _STRAY)
-        y = CELL * (index // columns + 0.5) + rng.uniform(-_STRAY, _STRAY)
+        x = probes.CELL * (index % columns + 0.5) + rng.uniform(-_STRAY, _STRAY)
+        y = probes.CELL * (index // columns + 0.5) + rng.uniform(-_STRAY, _STRAY)
         pen.text((x, y), letter, font=font, fill=ink, anchor="mm")
     return Picture(photographed(np.asarray(sheet), rng))
 
 
 def _draft_lines(rng: Random) -> Draft:
     """Two words, one below the other."""
-    chosen = [_trained_word(rng) for _ in range(2)]
+    lines = [words.write(_trained_word(rng), rng) for _ in range(2)]
+    chosen = tuple(line.word for line in lines)
     return Draft(
-        key=tuple(chosen),
+        key=chosen,
         phrasings=_LINES,
         answer=Bilingual.same(" ".join(chosen)),
         draw=lambda rng: (
-            Picture(np.concatenate([words.draw(word, rng).pixels for word in chosen])),
+            Picture(np.concatenate([words.draw(line, rng).pixels for line in lines])),
         ),
-        shows=probes.words(chosen),
+        shows=words.shown(lines),
     )
 
 

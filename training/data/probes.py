@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from chiasm.training.data.names import COLOURS, SHAPES
 
 Labels = Mapping[str, tuple[int, ...]]
 """By probe: for each of its runs in order, a label per slot."""
+
+
+class At(NamedTuple):
+    """A letter, and where its middle is, in pixels."""
+
+    letter: str
+    x: float
+    y: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +35,12 @@ class Probe:
     slots: int = 1
 
 
+CELL = 28
+"""The side of what one token sees, in pixels."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORD_LETTERS = 5
+CELL_LETTERS = 3
+"""As many as have their middle in one cell, but for a few words of the narrowest."""
 MAX_SIDE = 3
 """Cells in a row and in a column of what is read cell by cell."""
 BARS, BAR_LEVELS = 4, 7
@@ -40,6 +53,7 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "cell_colour": Probe(tokens=1, classes=1 + len(COLOURS)),
         "cell_place": Probe(tokens=1, classes=MAX_SIDE, slots=2),
         "cell_letter": Probe(tokens=1, classes=len(LETTERS)),
+        "letters": Probe(tokens=1, classes=1 + len(LETTERS), slots=CELL_LETTERS),
         "word": Probe(tokens=8, classes=1 + len(LETTERS), slots=WORD_LETTERS),
         "digit": Probe(tokens=4, classes=10),
         "bar_colour": Probe(tokens=6, classes=1 + len(COLOURS), slots=BARS),
@@ -88,6 +102,16 @@ def words(shown: Sequence[str]) -> Labels:
     return {"word": tuple(label for word in spelt for label in _filled(word, WORD_LETTERS))}
 
 
+def located(pictures: Sequence[Sequence[At]], columns: int, rows: int) -> Labels:
+    """Of pictures whose tokens are cells: the letters in each cell, as they follow one another."""
+    cells: list[list[int]] = [[] for _ in range(len(pictures) * columns * rows)]
+    for picture, letters in enumerate(pictures):
+        for letter in letters:
+            row, column = picture * rows + int(letter.y // CELL), int(letter.x // CELL)
+            cells[row * columns + column].append(1 + LETTERS.index(letter.letter))
+    return {"letters": tuple(label for cell in cells for label in _filled(cell, CELL_LETTERS))}
+
+
 def bars(shown: Sequence[tuple[str, int]]) -> Labels:
     """Of a chart: colour and level of each bar."""
     names = tuple(COLOURS)
@@ -98,4 +122,4 @@ def bars(shown: Sequence[tuple[str, int]]) -> Labels:
 
 
 def _filled(labels: Sequence[int], length: int) -> tuple[int, ...]:
-    return (*labels, *[0] * (length - len(labels)))
+    return (*labels[:length], *[0] * (length - len(labels)))

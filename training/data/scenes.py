@@ -27,7 +27,6 @@ from chiasm.training.data.names import (
 from chiasm.training.data.sample import Draft, Picture, Task
 from chiasm.training.data.texts import row
 
-CELL = 28
 SIDE = 3
 MAX_COUNT = 5
 _SIDES = {56: 2, 84: 1, 112: 1}
@@ -118,14 +117,16 @@ def draw_cells(
         Figure(
             shape=shape,
             colour=shades[colour],
-            x=CELL * (cell % columns + 0.5) + rng.uniform(-_STRAY, _STRAY),
-            y=CELL * (cell // columns + 0.5) + rng.uniform(-_STRAY, _STRAY),
+            x=probes.CELL * (cell % columns + 0.5) + rng.uniform(-_STRAY, _STRAY),
+            y=probes.CELL * (cell // columns + 0.5) + rng.uniform(-_STRAY, _STRAY),
             size=rng.uniform(15, 20),
         )
         for shape, colour, cell in placed
     ]
     return Picture(
-        photographed(draw_figures(CELL * columns, CELL * rows, paper(rng), figures), rng)
+        photographed(
+            draw_figures(probes.CELL * columns, probes.CELL * rows, paper(rng), figures), rng
+        )
     )
 
 

@@ -29,7 +29,7 @@ MIX: Mapping[str, float] = MappingProxyType(
         "count": 3,
         "place": 5,
         "relation": 5,
-        "words": 24,
+        "words": 36,
         "bars": 5,
         "same": 6,
         "more": 2,
@@ -42,7 +42,7 @@ MIX: Mapping[str, float] = MappingProxyType(
         "colours": 3,
         "places": 3,
         "letters": 5,
-        "lines": 14,
+        "lines": 20,
         "ranking": 3,
         "alike": 6,
         "retold": 2,
@@ -117,6 +117,14 @@ ARRANGE: Mapping[str, float] = MappingProxyType(
 """Several things, and how they lie to one another."""
 
 READ: Mapping[str, float] = MappingProxyType(
-    {**MIX, "words": 120, "lines": 40, "letters": 15, "digits": 15}
+    {
+        **MIX,
+        "words": 120,
+        "lines": 40,
+        "letters": 15,
+        "digits": 15,
+        "description": 10,
+        "shape": 6,
+    }
 )
 """Words, the hardest thing to see, and all else so that it stays."""

@@ -10,9 +10,13 @@ All faces are required: with other faces the held-out pictures would be others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import accumulate, pairwise
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -78,13 +82,13 @@ def any_word(rng: Random) -> str:
 
 
 def _draft(rng: Random) -> Draft:
-    word = any_word(rng)
+    written = write(any_word(rng), rng)
     return Draft(
-        key=(word,),
+        key=(written.word,),
         phrasings=_PHRASINGS,
-        answer=Bilingual.same(word),
-        draw=lambda rng: (draw(word, rng),),
-        shows=probes.words([word]),
+        answer=Bilingual.same(written.word),
+        draw=lambda rng: (draw(written, rng),),
+        shows=shown([written]),
     )
 
 
@@ -111,17 +115,73 @@ def any_font(rng: Random) -> ImageFont.FreeTypeFont:
     return _font(rng.randrange(len(_FACES) + 1), rng.randint(_SIZES[0], sum(_SIZES) // 2))
 
 
-def draw(word: str, rng: Random) -> Picture:
-    """The word in some face, size and place, WIDTH x HEIGHT."""
+class Box(NamedTuple):
+    """Of a text's ink, in pixels from where it is written."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A word of a size in some face at (x, y), on WIDTH x HEIGHT."""
+
+    word: str
+    face: int
+    size: int
+    x: float
+    y: float
+    box: Box
+
+    def letters(self) -> list[probes.At]:
+        """Each letter and its middle, but for kerning."""
+        ends = list(accumulate((_advance(self.face, self.size, c) for c in self.word), initial=0.0))
+        scale = (self.box.right - self.box.left) / ends[-1]
+        x, y = self.x + self.box.left, self.y + (self.box.top + self.box.bottom) / 2
+        return [
+            probes.At(letter, x + scale * (start + end) / 2, y)
+            for letter, (start, end) in zip(self.word, pairwise(ends), strict=True)
+        ]
+
+
+@cache
+def _advance(face: int, size: int, letter: str) -> float:
+    return _font(face, size).getlength(letter)
+
+
+def write(word: str, rng: Random) -> Written:
+    """The word anywhere, of any size that there is room for."""
     face, size = rng.randrange(len(_FACES) + 1), rng.randint(*_SIZES)
     width = WIDTH - 2 * _MARGIN
     size = min(size, int(size * width / _font(face, size).getlength(word)))
-    left, top, right, bottom = _font(face, size).getbbox(word)
-    x = _place(WIDTH - (right - left), rng) - left
-    y = _place(HEIGHT - (bottom - top), rng) - top
+    box = Box(*_font(face, size).getbbox(word))
+    return Written(
+        word=word,
+        face=face,
+        size=size,
+        x=_place(WIDTH - (box.right - box.left), rng) - box.left,
+        y=_place(HEIGHT - (box.bottom - box.top), rng) - box.top,
+        box=box,
+    )
+
+
+def draw(written: Written, rng: Random) -> Picture:
+    """Ink on paper, as a camera sees it."""
     sheet = Image.new("RGB", (WIDTH, HEIGHT), paper(rng))
-    ImageDraw.Draw(sheet).text((x, y), word, font=_font(face, size), fill=ink(rng))
+    font = _font(written.face, written.size)
+    ImageDraw.Draw(sheet).text((written.x, written.y), written.word, font=font, fill=ink(rng))
     return Picture(photographed(np.asarray(sheet), rng))
+
+
+def shown(lines: Sequence[Written]) -> probes.Labels:
+    """What probes can read of words, one below the other."""
+    columns, rows = WIDTH // probes.CELL, HEIGHT // probes.CELL
+    return {
+        **probes.words([line.word for line in lines]),
+        **probes.located([line.letters() for line in lines], columns, rows),
+    }
 
 
 def _place(room: float, rng: Random) -> float:
