@@ -46,6 +46,7 @@ def result(text: str) -> Result:
     return Result(
         request_id="r",
         model="m",
+        seed=0,
         choices=(choice,),
         prompt_token_ids=(),
         prompt_logprobs=(),
