@@ -38,8 +38,12 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Home:
-    """Where the answers to one request are made: the decoder that knows their prompt."""
+    """Where the answers to one request are made: the decoder that knows their prompt.
 
+    is_resumed: a gateway before this one has asked for them, and a decoder may still be at it.
+    """
+
+    is_resumed: bool
     address: str = ""
 
 
@@ -66,14 +70,12 @@ class Decoders:
         generated: list[int],
         home: Home,
         *,
-        is_resumed: bool,
         deadline: Deadline,
         context: otel_context.Context,
     ) -> AsyncGenerator[decoder_pb2.DecodeEvent, None]:
         """Streams the events of one generation; its spans are children of `context`.
 
-        home: shared by the answers to one request. is_resumed: a gateway before this one may have
-        asked for them.
+        home: shared by the answers to one request.
 
         A decoder that fails is replaced by another one, which goes on where the answer broke off:
         `generated` holds the answer's tokens so far and gets those of this call. Sampling depends
@@ -82,7 +84,7 @@ class Decoders:
         decoder refused with.
         """
         search, resumes_left = self._search(deadline), MAX_RESUMES
-        was_accepted = is_resumed or bool(generated)
+        was_accepted = home.is_resumed or bool(generated)
         while True:
             decoder = self._choose(await search.candidates(), home)
             num_before, has_output = len(generated), False

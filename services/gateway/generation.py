@@ -108,7 +108,7 @@ class Generator:
             deadline=deadline,
             seed=secrets.randbits(64) if seed is None else seed,
             thought_end=thinking.thought_end(token_ids, self._tokenizer),
-            home=Home(),
+            home=Home(is_resumed=generation.is_resumed),
         )
         answers = [self._new_answer(call, i) for i in range(generation.sampling.num_choices)]
         ends = [await _replayed(answer, generation.received[answer.index]) for answer in answers]
@@ -212,7 +212,6 @@ class Generator:
                 request,
                 generated,
                 call.home,
-                is_resumed=call.generation.is_resumed,
                 deadline=deadline,
                 context=observation.context,
             )
