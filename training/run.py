@@ -102,7 +102,7 @@ def train(
     Raises FailedPrecondition while another process is at this run.
     """
     out = directory / "model"
-    with alone(directory):
+    with alone(directory, "writing to"):
         trainer.run(watch, max_steps=max_steps)
         export(
             trainer.model,

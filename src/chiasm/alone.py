@@ -14,10 +14,11 @@ LOCK = "chiasm.lock"
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, doing: str) -> Iterator[None]:
     """Locks the folder for the time of the block, or the life of the process, however it ends.
 
-    Raises FailedPrecondition while another process has it.
+    doing: what the message says of the other, "converting to". Raises FailedPrecondition while
+    another process has the folder.
     """
     with (folder / LOCK).open("w") as lock:
         try:
@@ -27,7 +28,7 @@ def alone(folder: Path) -> Iterator[None]:
         except OSError:
             is_alone = False
         if not is_alone:
-            raise FailedPrecondition(f"another process is writing to {folder}")
+            raise FailedPrecondition(f"another process is {doing} {folder}")
         try:
             yield
         finally:

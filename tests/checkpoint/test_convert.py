@@ -20,6 +20,7 @@ from checkpoint import untrained
 from checkpoint.banks import bank, matrices, wide
 from safetensors.torch import load_file, save_file
 
+from chiasm.alone import alone
 from chiasm.convert import calibrate, plan, quality, report, stream
 from chiasm.convert.model import WholeModel
 from chiasm.convert.plan import Options
@@ -287,9 +288,9 @@ def test_what_is_in_the_way_is_refused(tiny_checkpoint: Path, mixed: Path, tmp_p
     with pytest.raises(InvalidArgument, match="text_experts: 'int3' is none of"):
         Options(text_experts="int3")
     with (
-        stream._alone(tmp_path),
+        alone(tmp_path, "converting to"),
         pytest.raises(FailedPrecondition, match="another process is converting"),
-        stream._alone(tmp_path),
+        alone(tmp_path, "converting to"),
     ):
         pass
 

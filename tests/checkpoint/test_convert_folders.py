@@ -24,7 +24,7 @@ def test_a_folder_is_locked_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
         flock(*args)
 
     monkeypatch.setattr(fcntl, "flock", ends_just_now)
-    with pytest.raises(FailedPrecondition), alone(tmp_path):
+    with pytest.raises(FailedPrecondition), alone(tmp_path, "writing to"):
         pass
     monkeypatch.setattr(fcntl, "flock", flock)
 
@@ -34,7 +34,7 @@ def test_a_folder_is_locked_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
         unlink(path)
 
     monkeypatch.setattr(Path, "unlink", try_to_lock)
-    with alone(tmp_path):
+    with alone(tmp_path, "writing to"):
         assert lock.exists()
     assert not lock.exists()
 

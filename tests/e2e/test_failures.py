@@ -144,8 +144,14 @@ def test_gateway_is_killed(stack: Cluster, peace: Peace) -> None:
     expected = peace.answer(TEXT, sampling)
     (decoder,) = stack.running("decoder")
     victim = stack.add("gateway")
-    ask = partial(Stream, sampling=sampling, prompt_logits=True, resume_timeout_s=0)
-    ask = partial(ask, prompt=TEXT, request_id="asked-twice")
+    ask = partial(
+        Stream,
+        prompt=TEXT,
+        sampling=sampling,
+        prompt_logits=True,
+        request_id="asked-twice",
+        resume_timeout_s=0,
+    )
     endless = Stream(stack.address(victim), TEXT, ENDLESS, resume_timeout_s=0)
     endless.wait_tokens(1)
     broken = ask(stack.address(victim))

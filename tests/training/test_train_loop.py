@@ -290,7 +290,7 @@ def test_a_run_that_ends_before_its_first_line_leaves_a_model(tmp_path: Path) ->
     assert (out / "loss.png").exists()
     assert not (out / LOCK).exists()
     before = (out / "metrics.csv").read_bytes()
-    with alone(out):
+    with alone(out, "writing to"):
         second = CliRunner().invoke(app, ["train", "--resume", str(out)])
     assert second.exit_code != 0
     assert "another process is writing" in second.output

@@ -40,7 +40,7 @@ CELL = 28
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORD_LETTERS = 5
 CELL_LETTERS = 3
-"""As many as have their middle in one cell, but for a few words of the narrowest."""
+"""As many as have their middle in one cell; of a few narrow words a fourth has, and is not told."""
 MAX_SIDE = 3
 """Cells in a row and in a column of what is read cell by cell."""
 BARS, BAR_LEVELS = 4, 7
@@ -109,7 +109,11 @@ def located(pictures: Sequence[Sequence[At]], columns: int, rows: int) -> Labels
         for letter in letters:
             row, column = picture * rows + int(letter.y // CELL), int(letter.x // CELL)
             cells[row * columns + column].append(1 + LETTERS.index(letter.letter))
-    return {"letters": tuple(label for cell in cells for label in _filled(cell, CELL_LETTERS))}
+    return {
+        "letters": tuple(
+            label for cell in cells for label in _filled(cell[:CELL_LETTERS], CELL_LETTERS)
+        )
+    }
 
 
 def bars(shown: Sequence[tuple[str, int]]) -> Labels:
@@ -122,4 +126,4 @@ def bars(shown: Sequence[tuple[str, int]]) -> Labels:
 
 
 def _filled(labels: Sequence[int], length: int) -> tuple[int, ...]:
-    return (*labels[:length], *[0] * (length - len(labels)))
+    return (*labels, *[0] * (length - len(labels)))

@@ -84,7 +84,7 @@ def run(
     if out.resolve() == plan.source.resolve():
         raise InvalidArgument("out", "is the model's own folder")
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
+    with alone(out, "converting to"):
         done = _resumed(plan, out)
         done.save(out)  # from here on whatever lies there is known to be ours
         missing = [file for file in plan.files if not _is_there(file, done, out)]
