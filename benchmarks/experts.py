@@ -2,10 +2,10 @@
 
 One layer at the published geometry: 64 experts of hidden 2560 and the text or vision bank's width,
 6 of them a token. Decode reads the chosen experts' weights once for a few tokens, so it is held
-against the rate at which this machine reads memory; prefill computes, so it is held against torch's
-bfloat16 products with as many rows, and with so many that nothing but computing counts. All of them
-are timed in turns, and a ratio is the median of those of the turns: a shared machine's rates are
-others a second later.
+against the rate at which this machine reads memory; prefill computes, so it is held against
+torch's products with as many rows, and with so many that nothing but computing counts: in bfloat16,
+or in float32 on processors for which torch has no bfloat16. All of them are timed in turns, and a
+ratio is the median of those of the turns: a shared machine's rates are others a second later.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from chiasm.kernels import native
+from chiasm.kernels.dense import torch_has_bfloat16
 from chiasm.kernels.moe import ShardWeights, pairs, shard_partial
 from chiasm.kernels.quant import table, tcq2
 from chiasm.kernels.quant.cpu import Runs, grouped_linear
@@ -51,10 +52,12 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
     bandwidth = READ_BYTES / _median(data.sum)
     report(f"memory is read at {bandwidth / 1e9:.1f} GB/s by {torch.get_num_threads()} threads")
     report(f"compiled kernels: {'yes' if native.library() is not None else 'no'}")
+    plain = torch.bfloat16 if torch_has_bfloat16() else torch.float32
+    report(f"plain products: {plain}")
     rows: list[dict[str, object]] = []
     rates: list[dict[str, object]] = []
     for bank, width in WIDTHS.items():
-        matrices = torch.randn(MATRICES, 2 * width, HIDDEN).bfloat16()
+        matrices = torch.randn(MATRICES, 2 * width, HIDDEN).to(plain)
         for precision, make in _FORMATS.items():
             weights = ShardWeights(
                 first=0, gate_up=make(2 * width, HIDDEN), down=make(HIDDEN, width)
@@ -70,6 +73,7 @@ def run(_: Path, report: Callable[[str], None]) -> dict[str, object]:
                 report(_line(rows[-1]))
     return {
         "read_bytes_per_s": bandwidth,
+        "plain_products": str(plain),
         "rows": rows,
         "from_cache": rates,
         "combine": _combine_gain(report),
@@ -93,7 +97,7 @@ def _measure(
     # As many dispatches in a row as there are experts for: a decode step is not alone either.
     burst = range(EXPERTS // num_chosen)
     some, many = (
-        torch.randn(rows, HIDDEN).bfloat16()
+        torch.randn(rows, HIDDEN).to(matrices.dtype)
         for rows in (max(1, tokens * TOP_K // EXPERTS), LARGE_ROWS)
     )
     seconds, reading, product, large = _timed(
@@ -137,7 +141,7 @@ def _cached_rate(matrices: ExpertMatrices) -> float:
 def _line(row: dict[str, object]) -> str:
     return (
         f"{row['bank']:6s} {row['precision']:8s} {row['tokens']:4d} tokens: {row['ms']:8.2f} ms, "
-        f"{row['of_bandwidth']:5.0%} of bandwidth, {row['of_product']:5.0%} of bfloat16 products "
+        f"{row['of_bandwidth']:5.0%} of bandwidth, {row['of_product']:5.0%} of plain products "
         f"with as many rows, {row['of_large_product']:4.0%} with many"
     )
 

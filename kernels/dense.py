@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from chiasm.kernels import native
 
 MAX_FEW_ROWS = 4
-"""Rows of x with which a bfloat16 matrix is read by `chiasm_dense`."""
+"""Rows of x with which a bfloat16 matrix is read by `chiasm_dense`, where torch has bfloat16."""
 
 MAX_UNTILED_ROWS = 2
 """The same, where the processor has tiles."""
@@ -40,16 +41,19 @@ class Stack(ctypes.Structure):
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [M, K] @ weight [N, K]^T -> [M, N], of x's dtype.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K] @ weight [N, K]^T (+ bias [N]) -> [M, N], of x's dtype.
 
-    bfloat16 rows on a CPU, unless there are many, take kernels/native/dense.cpp or tiles.cpp, but
-    for when gradients are recorded.
+    bfloat16 rows on a CPU, unless there are many or there is a bias, and torch is as fast, take
+    kernels/native/dense.cpp or tiles.cpp, but for when gradients are recorded.
     """
-    few = 0 if torch.is_grad_enabled() or x.dim() != 2 else few_rows(x, weight)
+    is_torchs = torch.is_grad_enabled() or x.dim() != 2
+    if is_torchs or (bias is not None and torch_has_bfloat16()):
+        return F.linear(x, weight, bias)
+    few = few_rows(x, weight)
     most = MAX_TILED_ROWS if few and native.has_tiles() else few
     if not 0 < x.shape[0] <= most:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
     runs, index = _all_rows(x.shape[0])
@@ -57,7 +61,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         multiply(x, weight, runs, index, out)
     else:
         multiply_by_tiles(stack(weight), x, runs, index, out)
-    return out
+    return out if bias is None else out.add_(bias)
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
@@ -69,7 +73,17 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
         and weight.is_contiguous()
         and native.has_bfloat16()
     )
-    return 0 if not is_readable else MAX_UNTILED_ROWS if native.has_tiles() else MAX_FEW_ROWS
+    if not is_readable:
+        return 0
+    if not torch_has_bfloat16():
+        return sys.maxsize
+    return MAX_UNTILED_ROWS if native.has_tiles() else MAX_FEW_ROWS
+
+
+@functools.cache
+def torch_has_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 with more than one number at a time on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def multiply(
@@ -85,6 +99,7 @@ def multiply(
         pointer(weight),
         *map(ctypes.c_int64, weight.shape[-2:]),
         pointer(x),
+        ctypes.c_int64(x.shape[0]),
         ctypes.c_int32(len(lists[0])),
         *lists,
         *map(pointer, (index, out)),
@@ -121,7 +136,7 @@ def lists(runs: Sequence[tuple[int, int, int]]) -> Lists:
     return tuple((ctypes.c_int32 * len(runs))(*column) for column in zip(*runs, strict=True))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=MAX_TILED_ROWS)
 def _all_rows(num_rows: int) -> tuple[Lists, torch.Tensor]:
     """One run of all rows through the only matrix, and its index."""
     index = torch.arange(num_rows, dtype=torch.int32, device="cpu")

@@ -5,20 +5,30 @@ from typing import Any
 
 from chiasm.kernels.native.build import library
 
-__all__ = ["has_bfloat16", "has_tiles", "library"]
+__all__ = ["has_attention", "has_bfloat16", "has_tiles", "lanes", "library"]
+
+
+def has_attention() -> bool:
+    """Whether `chiasm_attend` was compiled."""
+    return bool(_asked(library(), "chiasm_has_attention"))
 
 
 def has_bfloat16() -> bool:
-    """Whether `chiasm_dense` was compiled for a processor that multiplies bfloat16."""
-    return _says(library(), "chiasm_has_bfloat16")
+    """Whether `chiasm_dense` was compiled."""
+    return bool(_asked(library(), "chiasm_has_bfloat16"))
+
+
+def lanes() -> int:
+    """Bits of the registers that `chiasm_linear` was written for; 0: of no processor's."""
+    return _asked(library(), "chiasm_lanes")
 
 
 def has_tiles() -> bool:
     """Whether `chiasm_tiles` was, for one that has tiles (AMX), and the system lets us use them."""
-    return _says(library(), "chiasm_has_tiles")
+    return bool(_asked(library(), "chiasm_has_tiles"))
 
 
 @functools.cache
-def _says(found: Any, name: str) -> bool:
-    """Asked once: every product wants to know."""
-    return found is not None and bool(getattr(found, name)())
+def _asked(found: Any, name: str) -> int:
+    """Once: every product wants to know."""
+    return 0 if found is None else int(getattr(found, name)())

@@ -11,13 +11,20 @@
 #include "formats.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(CHIASM_GENERIC)
-#include <immintrin.h>
-#define LANES 1
+#define LANES 512
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(CHIASM_GENERIC)
+#define LANES 256
+#else
+#define LANES 0
+#endif
+
+#if LANES
+#include "wide.h"
 #endif
 
 namespace {
 
-#ifdef LANES
+#if LANES
 
 constexpr int64_t CUT = 1024;    // tokens of a cut
 constexpr int64_t BLOCK = 32;    // tokens whose scores are held at a time
@@ -41,75 +48,87 @@ struct Partial {
   static int64_t size(const Cache& c) { return c.heads() * (2 + c.dim); }
 };
 
-// e^x of numbers that are not positive: 2^n times a polynomial of degree 6, right to about 1e-7.
-inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-110));  // whose power is zero, and no infinity
-  const __m512 n = _mm512_roundscale_ps(
-      _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 y = _mm512_set1_ps(1.f / 720);
-  for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
+// e^x of numbers that are not positive: 2^n times a polynomial of degree 6, right to about 1e-7; of
+// those below -87 a number as good as zero.
+inline Wide exponential(Wide x) {
+  x = larger(x, wide(-87));
+  const Wide n = rounded(multiply(x, wide(1.44269504f)));
+  Wide r = multiply_add(n, wide(-0.693145752f), x);
+  r = multiply_add(n, wide(-1.42860677e-6f), r);
+  Wide y = wide(1.f / 720);
+  for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = multiply_add(y, r, wide(c));
+  return scaled(y, n);
+}
+
+// Of G query heads with one key.
+template <int G>
+void dot(const uint16_t* key, const uint16_t* query, int64_t dim, float* score) {
+  Wide total[G];
+  for (auto& lanes : total) lanes = wide(0);
+  for (int64_t d = 0; d < dim; d += 32) {
+#if LANES == 512
+    const __m512bh held = (__m512bh)_mm512_loadu_si512(key + d);
+    for (int g = 0; g < G; ++g)
+      total[g] = _mm512_dpbf16_ps(
+          total[g], held, (__m512bh)_mm512_loadu_si512(query + g * dim + d));
+#else
+    for (int64_t i = d; i < d + 32; i += WIDTH) {
+      const Wide held = widened(key + i);
+      for (int g = 0; g < G; ++g)
+        total[g] = multiply_add(held, widened(query + g * dim + i), total[g]);
+    }
+#endif
+  }
+  for (int g = 0; g < G; ++g) score[g * BLOCK] = sum(total[g]);
 }
 
 // G query heads of one kv head over `count` neighbouring tokens; pointers are to the first head.
 template <int G>
 void attend_block(
     const Cache& c, const uint16_t* query, int64_t slot, int64_t count, int64_t kv_head,
-    float scale, float* largest, float* sum, float* values) {
+    float scale, float* top, float* total, float* values) {
   alignas(64) float score[G][BLOCK];
   const uint16_t* key = c.keys + slot * c.slot() + kv_head * c.dim;
   for (int64_t t = 0; t < count; ++t, key += c.slot()) {
-    __m512 total[G];
-    for (auto& lanes : total) lanes = _mm512_setzero_ps();
-    for (int64_t d = 0; d < c.dim; d += 32) {
+    for (int64_t d = 0; d < c.dim; d += 32)
       _mm_prefetch(reinterpret_cast<const char*>(key + d + BLOCK * c.slot()), _MM_HINT_T0);
-      const __m512bh held = (__m512bh)_mm512_loadu_si512(key + d);
-      for (int g = 0; g < G; ++g)
-        total[g] = _mm512_dpbf16_ps(
-            total[g], held, (__m512bh)_mm512_loadu_si512(query + g * c.dim + d));
-    }
-    for (int g = 0; g < G; ++g) score[g][t] = _mm512_reduce_add_ps(total[g]) * scale;
+    dot<G>(key, query, c.dim, &score[0][t]);
   }
   float keep[G];
   for (int g = 0; g < G; ++g) {
-    for (int64_t t = count; t < BLOCK; ++t) score[g][t] = -INFINITY;
-    const __m512 low = _mm512_load_ps(score[g]), high = _mm512_load_ps(score[g] + 16);
-    const float top = std::max(largest[g], _mm512_reduce_max_ps(_mm512_max_ps(low, high)));
-    const __m512 weight_low = exponential(_mm512_sub_ps(low, _mm512_set1_ps(top)));
-    const __m512 weight_high = exponential(_mm512_sub_ps(high, _mm512_set1_ps(top)));
-    _mm512_store_ps(score[g], weight_low);
-    _mm512_store_ps(score[g] + 16, weight_high);
-    keep[g] = std::exp(largest[g] - top);
-    largest[g] = top;
-    sum[g] = sum[g] * keep[g] + _mm512_reduce_add_ps(_mm512_add_ps(weight_low, weight_high));
+    for (int64_t t = 0; t < BLOCK; ++t) score[g][t] = t < count ? score[g][t] * scale : -INFINITY;
+    Wide most = load(score[g]);
+    for (int64_t t = WIDTH; t < BLOCK; t += WIDTH) most = larger(most, load(score[g] + t));
+    const float now = std::max(top[g], largest(most));
+    Wide weights = wide(0);
+    for (int64_t t = 0; t < BLOCK; t += WIDTH) {
+      const Wide weight = exponential(add(load(score[g] + t), wide(-now)));
+      store(score[g] + t, weight);
+      weights = add(weights, weight);
+    }
+    keep[g] = std::exp(top[g] - now);
+    top[g] = now;
+    total[g] = total[g] * keep[g] + sum(weights);
   }
-  for (int64_t d = 0; d < c.dim; d += 32) {
-    __m512 low[G], high[G];
+  for (int64_t d = 0; d < c.dim; d += 2 * WIDTH) {
+    Wide low[G], high[G];
     for (int g = 0; g < G; ++g) {
-      const __m512 factor = _mm512_set1_ps(keep[g]);
-      low[g] = _mm512_mul_ps(_mm512_loadu_ps(values + g * c.dim + d), factor);
-      high[g] = _mm512_mul_ps(_mm512_loadu_ps(values + g * c.dim + d + 16), factor);
+      low[g] = multiply(load(values + g * c.dim + d), wide(keep[g]));
+      high[g] = multiply(load(values + g * c.dim + d + WIDTH), wide(keep[g]));
     }
     const uint16_t* value = c.values + slot * c.slot() + kv_head * c.dim + d;
     for (int64_t t = 0; t < count; ++t, value += c.slot()) {
       _mm_prefetch(reinterpret_cast<const char*>(value + BLOCK * c.slot()), _MM_HINT_T0);
-      const __m512i bits = _mm512_loadu_si512(value);
-      const __m512 first = _mm512_castsi512_ps(
-          _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16));
-      const __m512 second = _mm512_castsi512_ps(
-          _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16));
+      const Wide first = widened(value), second = widened(value + WIDTH);
       for (int g = 0; g < G; ++g) {
-        const __m512 weight = _mm512_set1_ps(score[g][t]);
-        low[g] = _mm512_fmadd_ps(weight, first, low[g]);
-        high[g] = _mm512_fmadd_ps(weight, second, high[g]);
+        const Wide weight = wide(score[g][t]);
+        low[g] = multiply_add(weight, first, low[g]);
+        high[g] = multiply_add(weight, second, high[g]);
       }
     }
     for (int g = 0; g < G; ++g) {
-      _mm512_storeu_ps(values + g * c.dim + d, low[g]);
-      _mm512_storeu_ps(values + g * c.dim + d + 16, high[g]);
+      store(values + g * c.dim + d, low[g]);
+      store(values + g * c.dim + d + WIDTH, high[g]);
     }
   }
 }
@@ -161,10 +180,10 @@ void combine(const Cache& c, float* partial, int64_t cuts, uint16_t* out) {
 
 extern "C" {
 
-#ifdef LANES
+#if LANES
 // Row row[i] of out [T, heads, dim] = attention of that row of query to the length[i] tokens in the
 // slots of piece[begin[i]], ..: pairs of the first slot and the number of slots. heads = kv_heads *
-// group, dim is a multiple of 32. Only where chiasm_has_bfloat16.
+// group, dim is a multiple of 32. Only where chiasm_has_attention.
 void chiasm_attend(
     const uint16_t* query, const uint16_t* keys, const uint16_t* values, int64_t kv_heads,
     int64_t group, int64_t dim, int64_t count, const int64_t* row, const int64_t* length,
@@ -194,5 +213,9 @@ void chiasm_attend(
           out + row[i] * c.heads() * dim);
   }
 }
+
+int chiasm_has_attention() { return 1; }
+#else
+int chiasm_has_attention() { return 0; }
 #endif
 }

@@ -32,7 +32,16 @@ SOURCES = (
     "tiles.cpp",
     "viterbi.cpp",
 )
-HEADERS = ("formats.h", "generic.h", "laid.h", "lanes.h", "swiglu.h")
+HEADERS = (
+    "avx2.h",
+    "avx512.h",
+    "formats.h",
+    "generic.h",
+    "laid.h",
+    "lanes.h",
+    "swiglu.h",
+    "wide.h",
+)
 FLAGS = (
     *("-std=c++17", "-shared", "-fPIC", "-fopenmp", "-O3", "-march=native"),
     # Vectorised rounding; and products and sums that round where the formulas say.

@@ -1,19 +1,43 @@
-// Products of very few bfloat16 rows with bfloat16 matrices, read as fast as memory gives them.
+// Products of few bfloat16 rows with bfloat16 matrices, read as fast as memory gives them.
 //
 // For one row a matrix product library spends its time on the way to the product. Sums are float32,
 // in one order, so a row's result does not depend on the other rows, nor on the number of threads.
+#include <memory>
+
 #include "formats.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(CHIASM_GENERIC)
-#include <immintrin.h>
-#define LANES 1
+#define LANES 512
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(CHIASM_GENERIC)
+#define LANES 256
+#else
+#define LANES 0
+#endif
+
+#if LANES
+#include "wide.h"
 #endif
 
 namespace {
 
-#ifdef LANES
+#if LANES
 
 constexpr int64_t CHUNK = 32;  // rows of a matrix that a thread takes at a time
+
+#endif
+
+#if LANES == 512
+
+// Rows of x as they are.
+struct Laid {
+  using Value = uint16_t;
+  const uint16_t* x;
+  int64_t k;
+
+  Laid(const uint16_t* x, int64_t, int64_t k) : x(x), k(k) {}
+  void fill(int64_t) const {}
+  const Value* row(int64_t i) const { return x + i * k; }
+};
 
 inline __m512bh load(const uint16_t* at, __mmask32 mask) {
   return (__m512bh)_mm512_maskz_loadu_epi16(mask, at);
@@ -23,9 +47,9 @@ inline __m512bh load(const uint16_t* at, __mmask32 mask) {
 template <int R, int M>
 void product(
     const uint16_t* weight, int64_t k, const uint16_t* const* x, uint16_t* out, int64_t n) {
-  __m512 total[R][M];
+  Wide total[R][M];
   for (auto& of_row : total)
-    for (auto& lanes : of_row) lanes = _mm512_setzero_ps();
+    for (auto& lanes : of_row) lanes = wide(0);
   for (int64_t i = 0; i < k; i += 32) {
     const __mmask32 mask = k - i >= 32 ? ~0u : (1u << (k - i)) - 1;
     __m512bh given[M];
@@ -40,15 +64,93 @@ void product(
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) out[m * n + r] = narrow(_mm512_reduce_add_ps(total[r][m]));
+    for (int r = 0; r < R; ++r) out[m * n + r] = narrow(sum(total[r][m]));
 }
 
+#elif LANES == 256
+
+constexpr int64_t PAIR = 2 * WIDTH;  // values that are multiplied at a time
+
+// So many bfloat16 values as float32: those of even places, those of odd ones.
+struct Widened {
+  Wide even, odd;
+
+  explicit Widened(const uint16_t* at) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int32_t(0xFFFF0000))));
+  }
+};
+
+// Rows of x widened, with zeros behind their ends.
+struct Laid {
+  using Value = float;
+  const uint16_t* x;
+  int64_t k, width;
+  std::unique_ptr<float[]> values;
+
+  Laid(const uint16_t* x, int64_t rows, int64_t k)
+      : x(x), k(k), width((k + PAIR - 1) / PAIR * PAIR), values(new float[rows * width]) {}
+  void fill(int64_t i) const {
+    for (int64_t j = 0; j < k; j += PAIR) {
+      uint16_t edge[PAIR] = {};
+      const uint16_t* from = x + i * k + j;
+      if (k - j < PAIR) {
+        std::copy(from, from + (k - j), edge);
+        from = edge;
+      }
+      const Widened given(from);
+      store(values.get() + i * width + j, given.even);
+      store(values.get() + i * width + j + WIDTH, given.odd);
+    }
+  }
+  const Value* row(int64_t i) const { return values.get() + i * width; }
+};
+
+// R rows of the matrix, k apart, times M rows of x; out is strided by n.
+template <int R, int M>
+void product(const uint16_t* weight, int64_t k, const float* const* x, uint16_t* out, int64_t n) {
+  Wide total[R][M];
+  for (auto& of_row : total)
+    for (auto& lanes : of_row) lanes = wide(0);
+  const auto step = [&](const uint16_t* at, int64_t stride, int64_t i) {
+    for (int r = 0; r < R; ++r) {
+      const Widened held(at + r * stride);
+      for (int m = 0; m < M; ++m) {
+        Wide& lanes = total[r][m];
+        lanes = multiply_add(held.even, load(x[m] + i), lanes);
+        lanes = multiply_add(held.odd, load(x[m] + i + WIDTH), lanes);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + PAIR <= k; i += PAIR) {
+    for (int r = R; r < 2 * R; ++r)  // as above
+      _mm_prefetch(reinterpret_cast<const char*>(weight + r * k + i), _MM_HINT_T0);
+    step(weight + i, k, i);
+  }
+  if (i < k) {  // nothing is read that is not there
+    uint16_t edge[R * PAIR] = {};
+    for (int r = 0; r < R; ++r)
+      std::copy(weight + r * k + i, weight + (r + 1) * k, edge + r * PAIR);
+    step(edge, PAIR, i);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) out[m * n + r] = narrow(sum(total[r][m]));
+}
+
+#endif
+
+#if LANES
+
+// As many rows of the matrix at a time as registers suffice for.
 template <int M>
 void rows(
-    const uint16_t* weight, int64_t count, int64_t k, const uint16_t* const* x, uint16_t* out,
+    const uint16_t* weight, int64_t count, int64_t k, const Laid::Value* const* x, uint16_t* out,
     int64_t n) {
+  constexpr int R = LANES == 256 && M == 4 ? 2 : 4;
   int64_t j = 0;
-  for (; j + 4 <= count; j += 4) product<4, M>(weight + j * k, k, x, out + j, n);
+  for (; j + R <= count; j += R) product<R, M>(weight + j * k, k, x, out + j, n);
   for (; j < count; ++j) product<1, M>(weight + j * k, k, x, out + j, n);
 }
 
@@ -58,35 +160,41 @@ void rows(
 
 extern "C" {
 
-#ifdef LANES
+#if LANES
 // As chiasm_linear, of weight [.., n, k] bfloat16; only where chiasm_has_bfloat16.
 void chiasm_dense(
-    const uint16_t* weight, int64_t n, int64_t k, const uint16_t* x, int32_t num_runs,
-    const int32_t* expert, const int32_t* begin, const int32_t* end, const int32_t* index,
-    uint16_t* out, int threads) {
+    const uint16_t* weight, int64_t n, int64_t k, const uint16_t* x, int64_t num_rows,
+    int32_t num_runs, const int32_t* expert, const int32_t* begin, const int32_t* end,
+    const int32_t* index, uint16_t* out, int threads) {
   const int64_t chunks = (n + CHUNK - 1) / CHUNK;
   int64_t rows_of_all = 0;
   for (int32_t r = 0; r < num_runs; ++r) rows_of_all += end[r] - begin[r];
-  // Dynamic: a core may be another process's for a while, and its share must not wait for it.
-#pragma omp parallel for num_threads(worth(rows_of_all * n * k, threads)) schedule(dynamic)
-  for (int64_t item = 0; item < num_runs * chunks; ++item) {
-    const int64_t run = item / chunks, first = item % chunks * CHUNK;
-    const int64_t count = std::min(CHUNK, n - first);
-    const uint16_t* held = weight + (expert[run] * n + first) * k;
-    for (int64_t i = begin[run]; i < end[run];) {
-      const int64_t left = end[run] - i;
-      const uint16_t* given[4];
-      for (int m = 0; m < std::min<int64_t>(left, 4); ++m) given[m] = x + index[i + m] * k;
-      uint16_t* to = out + i * n + first;
-      if (left >= 4) {
-        rows<4>(held, count, k, given, to, n);
-        i += 4;
-      } else if (left >= 2) {
-        rows<2>(held, count, k, given, to, n);
-        i += 2;
-      } else {
-        rows<1>(held, count, k, given, to, n);
-        i += 1;
+  const Laid laid(x, num_rows, k);
+#pragma omp parallel num_threads(worth(rows_of_all * n * k, threads))
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < num_rows; ++i) laid.fill(i);
+    // Dynamic: a core may be another process's for a while, and its share must not wait for it.
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < num_runs * chunks; ++item) {
+      const int64_t run = item / chunks, first = item % chunks * CHUNK;
+      const int64_t count = std::min(CHUNK, n - first);
+      const uint16_t* held = weight + (expert[run] * n + first) * k;
+      for (int64_t i = begin[run]; i < end[run];) {
+        const int64_t left = end[run] - i;
+        const Laid::Value* given[4];
+        for (int m = 0; m < std::min<int64_t>(left, 4); ++m) given[m] = laid.row(index[i + m]);
+        uint16_t* to = out + i * n + first;
+        if (left >= 4) {
+          rows<4>(held, count, k, given, to, n);
+          i += 4;
+        } else if (left >= 2) {
+          rows<2>(held, count, k, given, to, n);
+          i += 2;
+        } else {
+          rows<1>(held, count, k, given, to, n);
+          i += 1;
+        }
       }
     }
   }

@@ -86,3 +86,14 @@ inline void unscaled(const Stack& s, int64_t row, int64_t group, int count, floa
   const int offset = s.format == INT4 ? 8 : 0;
   for (int i = 0; i < count; ++i) out[i] = float(whole[i] - offset) * scale + zero;
 }
+
+// Values of x as whole numbers of at most 127 * 256, so that the high byte stays within 127 when the
+// low one is rounded up; returns their unit.
+inline float round_group(const uint16_t* x, int count, int32_t* whole) {
+  uint16_t largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max<uint16_t>(largest, x[i] & 0x7FFF);
+  if (widen(largest) < 1e-30f) return 0;  // what such a group adds is nothing
+  const float unit = widen(largest) / 32512, inverse = 1 / unit;
+  for (int i = 0; i < count; ++i) whole[i] = int32_t(std::nearbyintf(widen(x[i]) * inverse));
+  return unit;
+}

@@ -1,4 +1,4 @@
-// The products of linear.cpp without AVX-512: levels are widened, and the compiler makes the best of
+// The products of linear.cpp on any processor: levels are widened, and the compiler makes the best of
 // it. Included there.
 
 struct Table {
@@ -16,8 +16,8 @@ struct Laid {
   }
 };
 
-template <int F, class Row>
-void multiply(const Stack& s, const Laid<F>& x, const Row*, const Part& part) {
+template <int F>
+void multiply(const Stack& s, const Laid<F>& x, const Table*, const Part& part) {
   std::unique_ptr<float[]> totals(new float[part.rows]);
   for (int64_t j = part.begin; j < part.end; ++j) {
     const int64_t row = part.expert * s.n + j;
@@ -38,7 +38,3 @@ void multiply(const Stack& s, const Laid<F>& x, const Row*, const Part& part) {
     for (int64_t m = 0; m < part.rows; ++m) part.out[m * s.n + j] = narrow(totals[m] * scale);
   }
 }
-
-using Int8Row = Table;
-using Int4Row = Table;
-using Tcq2Row = Table;

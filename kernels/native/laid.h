@@ -95,15 +95,4 @@ struct Laid {
     const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
     _mm512_store_si512(to, _mm512_sub_epi32(_mm512_setzero_si512(), total));
   }
-
-  // Whole numbers of at most 127 * 256, so that the high byte stays within 127 when the low one is
-  // rounded up; returns their unit.
-  static float round_group(const uint16_t* x, int count, int32_t* whole) {
-    uint16_t largest = 0;
-    for (int i = 0; i < count; ++i) largest = std::max<uint16_t>(largest, x[i] & 0x7FFF);
-    if (widen(largest) < 1e-30f) return 0;  // what such a group adds is nothing
-    const float unit = widen(largest) / 32512, inverse = 1 / unit;
-    for (int i = 0; i < count; ++i) whole[i] = int32_t(std::nearbyintf(widen(x[i]) * inverse));
-    return unit;
-  }
 };

@@ -1,15 +1,17 @@
 """Products with stacks of matrices on a CPU: which way is fastest for how many rows.
 
 Few bfloat16 rows are multiplied with the codes as they are stored (kernels/native/linear.cpp), so
-that a matrix is read once and in its few bits. For many, processors with tiles (AMX) widen a matrix
-piece by piece in their cache (kernels/native/tiles.cpp). Elsewhere, and for float32, a matrix is
-widened first and multiplied by torch; one widened matrix is held at a time, and none is kept. A
-row's result depends on the rows of its own run alone, never on the other runs.
+that a matrix is read once and in its few bits; all of them are, where torch has no products of
+bfloat16. For many, processors with tiles (AMX) widen a matrix piece by piece in their cache
+(kernels/native/tiles.cpp). Elsewhere, and for float32, a matrix is widened first and multiplied by
+torch; one widened matrix is held at a time, and none is kept. A row's result depends on the rows of
+its own run alone, never on the other runs.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +97,8 @@ def most_rows(matrices: ExpertMatrices, stack: dense.Stack | None, x: torch.Tens
         return dense.few_rows(x, matrices.weight)
     if stack is None or native.library() is None:
         return 0
+    if native.lanes() and not dense.torch_has_bfloat16():
+        return sys.maxsize
     return (MAX_UNTILED_ROWS if native.has_tiles() else MAX_FUSED_ROWS)[type(matrices)]
 
 

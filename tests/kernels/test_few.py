@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
+from processors import be_processor
 from quant.matrices import FORMATS
 
+from chiasm.kernels import dense as products
 from chiasm.kernels import native
 from chiasm.kernels.moe import ShardWeights, cpu, few, reference, shard_partial
-from chiasm.kernels.native import build
 from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.kernels.quant.hadamard import RotatedMatrices
 
@@ -38,12 +37,10 @@ def shard(gate_up: str, down: str, hidden: int, width: int) -> ShardWeights:
     )
 
 
-@pytest.fixture(params=["this processor", "any processor"])
+@pytest.fixture(params=["this processor", "AVX2", "any processor"])
 def any_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "any processor":
-        generic = ctypes.CDLL(str(build.compiled(("-DCHIASM_GENERIC",))))
-        assert not generic.chiasm_has_lanes()
-        monkeypatch.setattr(native, "library", lambda: generic)
+    if request.param != "this processor":
+        be_processor(request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -93,7 +90,10 @@ def test_has_the_bits_of_one_product_after_another(
 
 
 @pytest.mark.parametrize("case", ["float32", "bfloat16 matrices", "rotated", "many rows"])
-def test_leaves_the_rest_alone(case: str, taken: list[bool]) -> None:
+def test_leaves_the_rest_alone(
+    case: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "torch_has_bfloat16", lambda: True)  # or many rows are few
     weights, given = shard("int4", "int4", 128, 128), dispatch(2, 128)
     if case == "float32":
         given[0] = given[0].float()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processors import be_processor
 from quant.matrices import FORMATS, ODD_SHAPES, SHAPES
 from structlog.testing import capture_logs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,19 +29,10 @@ LINEAR_TOLERANCE = 8e-3
 ROWS = (1, 2, 3, 5, 9, 17, 40, 65)
 
 
-@pytest.fixture(scope="module")
-def generic() -> ctypes.CDLL:
-    """The library as a processor without AVX-512 compiles it."""
-    return ctypes.CDLL(str(build.compiled(("-DCHIASM_GENERIC",))))
-
-
-@pytest.fixture(params=["this processor", "no tiles", "any processor", "no compiler"])
-def any_library(
-    request: pytest.FixtureRequest, generic: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if request.param == "any processor":
-        assert not generic.chiasm_has_lanes()
-        monkeypatch.setattr(native, "library", lambda: generic)
+@pytest.fixture(params=["this processor", "no tiles", "AVX2", "any processor", "no compiler"])
+def any_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param in ("AVX2", "any processor"):
+        be_processor(request.param, monkeypatch)
     elif request.param == "no compiler":
         monkeypatch.setattr(native, "library", lambda: None)
     elif request.param == "no tiles":
@@ -191,6 +182,7 @@ def test_only_rows_of_runs_of_few_rows_are_made_ready(monkeypatch: pytest.Monkey
     """Rows that go through a widened matrix alone are not laid out for the compiled products."""
     library, num_rows = native.library(), []
     assert library is not None
+    monkeypatch.setattr(products, "torch_has_bfloat16", lambda: True)
     matrices, x = FORMATS["int8"](3, 20, 128, seed=5), inputs(60, 128, seed=6)
     index = torch.tensor([*range(1, 60), 7, 3, 0, 7], dtype=torch.int32)
     runs = cpu.Runs(experts=(0, 1, 2), begin=(0, 59, 61), end=(59, 61, 63), index=index)

@@ -1,4 +1,4 @@
-"""The matrices of the language model, each in full width or in int8."""
+"""The matrices of the language model, in full width or in int8, and those of the vision model."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ class Linear(nn.Linear, Matrix):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.multiply(input)
+
+
+class Projection(nn.Linear):
+    """`nn.Linear` of the vision model."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return dense.linear(input, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding, Matrix):

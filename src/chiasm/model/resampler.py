@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from chiasm.model.config import TextConfig, VisionConfig
+from chiasm.model.linear import Projection
 from chiasm.model.norm import RMSNorm
 from chiasm.types import Grid
 
@@ -19,9 +20,9 @@ from chiasm.types import Grid
 def merge_mlp(in_size: int, out_size: int, eps: float) -> nn.Sequential:
     """Linear, GELU (the exact one), Linear, LayerNorm; the checkpoint names them 0, 2 and 3."""
     return nn.Sequential(
-        nn.Linear(in_size, out_size),
+        Projection(in_size, out_size),
         nn.GELU(),
-        nn.Linear(out_size, out_size),
+        Projection(out_size, out_size),
         nn.LayerNorm(out_size, eps=eps),
     )
 
@@ -49,7 +50,7 @@ class Resampler(nn.Module):
         eps = vision.layer_norm_eps
         self.spatial_linear = merge_mlp(width, width, eps)
         self.temporal_linear = merge_mlp(width * vision.temporal_merge_size, width, eps)
-        self.mlp = nn.Linear(width, text.hidden_size)
+        self.mlp = Projection(width, text.hidden_size)
         self.after_norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
 
     def forward(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:

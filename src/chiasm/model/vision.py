@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chiasm.model.config import VisionConfig
+from chiasm.model.linear import Projection
 from chiasm.types import Grid
 
 
@@ -81,7 +82,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         patch_values = config.in_channels * config.patch_size**2
-        self.proj = nn.Linear(patch_values, config.hidden_size, bias=False)
+        self.proj = Projection(patch_values, config.hidden_size, bias=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [N, C*p*p] of any float dtype -> [N, hidden] in the weights' dtype."""
@@ -95,8 +96,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Projection(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Projection(config.hidden_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, runs: Sequence[Frames], rotation: Rotation) -> torch.Tensor:
         """x [N, hidden] -> [N, hidden]."""
@@ -124,8 +125,8 @@ class VisionMlp(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Projection(config.hidden_size, config.intermediate_size)
+        self.fc2 = Projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, hidden] -> [N, hidden]."""
