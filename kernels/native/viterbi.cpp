@@ -10,8 +10,13 @@
 #include "formats.h"
 
 #if defined(__AVX512F__) && !defined(CHIASM_GENERIC)
-#define LANES 1
+#define LANES 512
 #include <immintrin.h>
+#elif defined(__AVX2__) && !defined(CHIASM_GENERIC)
+#define LANES 256
+#include <immintrin.h>
+#else
+#define LANES 0
 #endif
 
 namespace {
@@ -23,7 +28,7 @@ struct Choice {
   uint64_t low, high;
 };
 
-#ifdef LANES
+#if LANES == 512
 
 struct Search {
   __m512 cost[16];
@@ -69,6 +74,52 @@ struct Search {
 
   void costs(float* out) const {
     for (int u = 0; u < 16; ++u) _mm512_storeu_ps(out + 16 * u, cost[u]);
+  }
+};
+
+#elif LANES == 256
+
+struct Search {
+  __m256 cost[32];
+  __m256i spread[4];
+
+  Search() {
+    for (int u = 0; u < 4; ++u) {
+      const int q = 2 * u;
+      spread[u] = _mm256_setr_epi32(q, q, q, q, q + 1, q + 1, q + 1, q + 1);
+    }
+  }
+
+  void begin() {
+    const float far = std::numeric_limits<float>::infinity();
+    for (auto& c : cost) c = _mm256_set1_ps(far);
+    cost[0] = _mm256_blend_ps(cost[0], _mm256_setzero_ps(), 1);
+  }
+
+  Choice step(float weight, float importance, const float* level) {
+    Choice choice{0, 0};
+    __m256 best[8];
+    for (int v = 0; v < 8; ++v) {
+      const __m256 c0 = cost[v], c1 = cost[8 + v], c2 = cost[16 + v], c3 = cost[24 + v];
+      const __m256 m1 = _mm256_cmp_ps(c1, c0, _CMP_LT_OQ), m3 = _mm256_cmp_ps(c3, c2, _CMP_LT_OQ);
+      const __m256 b01 = _mm256_min_ps(c1, c0), b23 = _mm256_min_ps(c3, c2);
+      const __m256 upper = _mm256_cmp_ps(b23, b01, _CMP_LT_OQ);
+      best[v] = _mm256_min_ps(b23, b01);
+      choice.low |= uint64_t(_mm256_movemask_ps(_mm256_blendv_ps(m1, m3, upper))) << (8 * v);
+      choice.high |= uint64_t(_mm256_movemask_ps(upper)) << (8 * v);
+    }
+    const __m256 w = _mm256_set1_ps(weight), i = _mm256_set1_ps(importance);
+    for (int u = 0; u < 32; ++u) {
+      const __m256 before = _mm256_permutevar8x32_ps(best[u / 4], spread[u % 4]);
+      const __m256 error = _mm256_sub_ps(w, _mm256_loadu_ps(level + 8 * u));
+      const __m256 square = _mm256_mul_ps(_mm256_mul_ps(error, error), i);
+      cost[u] = _mm256_add_ps(before, square);
+    }
+    return choice;
+  }
+
+  void costs(float* out) const {
+    for (int u = 0; u < 32; ++u) _mm256_storeu_ps(out + 8 * u, cost[u]);
   }
 };
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from processors import be_processor
 
 from chiasm.kernels import native
 from chiasm.kernels.quant import cpu, table, tcq2
@@ -66,6 +67,13 @@ def test_an_encoded_matrix_is_the_walk_of_its_symbols() -> None:
     assert (expected - weight[0]).square().mean() < 0.081
 
 
+@pytest.fixture(params=["this processor", "AVX2", "any processor"])
+def any_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "this processor":
+        be_processor(request.param, monkeypatch)
+
+
+@pytest.mark.usefixtures("any_processor")
 @pytest.mark.parametrize(
     ("rows", "k", "seed"), [(33, 128, 0), (16, 200, 1), (7, 4, 2), (9, 516, 3)]
 )
@@ -74,6 +82,7 @@ def test_the_compiled_search_takes_the_paths_of_the_reference(rows: int, k: int,
     assert torch.equal(tcq2.paths(*given), tcq2.reference_paths(*given))
 
 
+@pytest.mark.usefixtures("any_processor")
 def test_ties_are_broken_alike() -> None:
     weights, local, heed, levels = problem(6, 256, 4)
     local[:, 1] = 0  # every path costs the same there
