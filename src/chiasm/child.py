@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from chiasm import forkserver
+
 WATCH_STDIN = "CHIASM_EXIT_WITH_STDIN"
 ORPHAN_GRACE_S = 5.0
 """How long an orphan may drain."""
@@ -39,7 +41,10 @@ def _await_orphanhood() -> None:
 
 
 class Child:
-    """One running `python -m module flags...`; stdout and stderr go to `log_path`."""
+    """One running `python -m module flags...`; stdout and stderr go to `log_path`.
+
+    fork: where it can be, it is a fork of a process that has imported what services need.
+    """
 
     def __init__(
         self,
@@ -49,18 +54,21 @@ class Child:
         *,
         env: Mapping[str, str],
         log_path: Path,
+        fork: bool = False,
     ) -> None:
         self.name = name
         self.log_path = log_path
         # A session of its own: a Ctrl-C in the terminal reaches the launcher alone, which ends its
         # children in order.
+        env = {**env, WATCH_STDIN: "1"}
         with log_path.open("wb") as output:
-            self._process = subprocess.Popen(
+            forked = forkserver.fork(module, flags, env=env, output=output) if fork else None
+            self._process = forked or subprocess.Popen(
                 [sys.executable, "-m", module, *flags],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**env, WATCH_STDIN: "1"},
+                env=env,
                 start_new_session=True,
             )
 

@@ -293,6 +293,7 @@ class LocalStack:
             [*common, *flags],
             env=_environment(name),
             log_path=self.log_dir / f"{name}.log",
+            fork=True,
         )
 
     def _await_address(self, name: str, end: float) -> str:
