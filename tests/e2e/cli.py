@@ -63,14 +63,23 @@ class Up:
         return self.log.read()
 
     def pids(self) -> set[int]:
-        """Its child processes."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return {int(pid) for pid in children.read_text().split()}
+        """The services: its children and those of its fork server."""
+        children = _children(self.process.pid)
+        forks = {pid: _children(pid) for pid in children}
+        return {pid for pid in children if not forks[pid]}.union(*forks.values())
 
     def end(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_TIMEOUT_S)
+
+
+def _children(pid: int) -> set[int]:
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:  # it has ended meanwhile
+        return set()
+    return {int(child) for child in found.split()}
 
 
 @contextmanager
