@@ -119,8 +119,9 @@ struct Rows {
 
   INLINE Codes group(int64_t j, int64_t g) const {
     const uint8_t* at = codes + j * stride + g * group_bytes;
-    _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD), _MM_HINT_T0);
-    if (F == INT8) _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD + 64), _MM_HINT_T0);
+    if constexpr (F != TCQ2)  // whose levels are in the cache
+      for (int line = 0; line < group_bytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(at + line + AHEAD), _MM_HINT_T0);
     const int64_t left = stride - g * group_bytes;
     uint8_t edge[group_bytes];
     if (left < group_bytes) {  // nothing is read that is not there
