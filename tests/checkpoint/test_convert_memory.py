@@ -11,7 +11,7 @@ from checkpoint.banks import LARGE
 
 from chiasm.model.synth import synthesize
 
-MAX_GROWTH_BYTES = 64 << 20
+MAX_GROWTH_BYTES = 80 << 20
 """A few matrices in float32, what encoding them takes, and torch's first use of its threads."""
 
 CONVERT = """
