@@ -30,8 +30,9 @@ def decoder_metrics(stack: LocalStack) -> dict[str, float]:
 
 
 def memory(stack: LocalStack) -> dict[str, dict[str, int]]:
-    """Bytes by process: `own`, that nothing else backs; `resident`, with its share of files that
-    are mapped; `peak`, the most that was resident at any time, shared pages counted whole."""
+    """Bytes by process: `own`, that no file backs, what forks share counted whole; `resident`,
+    with its share of files that are mapped and of what forks share; `peak`, the most that was
+    resident at any time, shared pages counted whole."""
     return {name: _memory(child.pid) for name, child in stack.children.items()}
 
 

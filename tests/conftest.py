@@ -12,6 +12,7 @@ import structlog
 import torch
 from groups import group
 from hypothesis import settings
+from processors import be_processor
 
 from chiasm.model.synth import synthesize
 
@@ -59,6 +60,12 @@ def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(structlog, "configure", uncached)
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(params=["this processor", "AVX2", "any processor"])
+def any_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels as this processor has them, and as others have."""
+    be_processor(request.param, monkeypatch)
 
 
 @pytest.fixture(scope="session")

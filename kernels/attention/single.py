@@ -55,7 +55,7 @@ def is_readable(query: torch.Tensor, cache: torch.Tensor) -> bool:
         and cache.is_contiguous()
         and head_dim % _WIDTH == 0
         and query.shape[1] // num_kv_heads <= _MAX_GROUP
-        and native.has_attention()
+        and native.has_bfloat16()
     )
 
 
@@ -63,7 +63,7 @@ def attend(query: torch.Tensor, cache: torch.Tensor, singles: Singles, out: torc
     """Sets the rows of `singles` in out [T, heads, d], contiguous as query is; see
     kernels.attention.paged_attention."""
     library = native.library()
-    assert library is not None  # or it had no attention
+    assert library is not None  # or it had no bfloat16
     keys, values = cache
     _, num_kv_heads, head_dim = keys.shape
     library.chiasm_attend(

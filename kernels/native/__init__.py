@@ -5,16 +5,11 @@ from typing import Any
 
 from chiasm.kernels.native.build import library
 
-__all__ = ["has_attention", "has_bfloat16", "has_tiles", "lanes", "library"]
-
-
-def has_attention() -> bool:
-    """Whether `chiasm_attend` was compiled."""
-    return bool(_asked(library(), "chiasm_has_attention"))
+__all__ = ["has_bfloat16", "has_tiles", "lanes", "library"]
 
 
 def has_bfloat16() -> bool:
-    """Whether `chiasm_dense` was compiled."""
+    """Whether `chiasm_dense` and `chiasm_attend` were compiled."""
     return bool(_asked(library(), "chiasm_has_bfloat16"))
 
 

@@ -9,18 +9,7 @@
 #include <numeric>
 
 #include "formats.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(CHIASM_GENERIC)
-#define LANES 512
-#elif defined(__AVX2__) && defined(__FMA__) && !defined(CHIASM_GENERIC)
-#define LANES 256
-#else
-#define LANES 0
-#endif
-
-#if LANES
 #include "wide.h"
-#endif
 
 namespace {
 
@@ -183,7 +172,7 @@ extern "C" {
 #if LANES
 // Row row[i] of out [T, heads, dim] = attention of that row of query to the length[i] tokens in the
 // slots of piece[begin[i]], ..: pairs of the first slot and the number of slots. heads = kv_heads *
-// group, dim is a multiple of 32. Only where chiasm_has_attention.
+// group, dim is a multiple of 32. Only where chiasm_has_bfloat16.
 void chiasm_attend(
     const uint16_t* query, const uint16_t* keys, const uint16_t* values, int64_t kv_heads,
     int64_t group, int64_t dim, int64_t count, const int64_t* row, const int64_t* length,
@@ -213,9 +202,5 @@ void chiasm_attend(
           out + row[i] * c.heads() * dim);
   }
 }
-
-int chiasm_has_attention() { return 1; }
-#else
-int chiasm_has_attention() { return 0; }
 #endif
 }

@@ -5,32 +5,16 @@
 #include <memory>
 
 #include "formats.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(CHIASM_GENERIC)
-#define LANES 512
-#elif defined(__AVX2__) && defined(__FMA__) && !defined(CHIASM_GENERIC)
-#define LANES 256
-#else
-#define LANES 0
-#endif
-
-#if LANES
 #include "wide.h"
-#endif
 
 namespace {
-
-#if LANES
-
-constexpr int64_t CHUNK = 32;  // rows of a matrix that a thread takes at a time
-
-#endif
 
 #if LANES == 512
 
 // Rows of x as they are.
 struct Laid {
   using Value = uint16_t;
+  static constexpr bool is_filled = false;
   const uint16_t* x;
   int64_t k;
 
@@ -85,6 +69,7 @@ struct Widened {
 // Rows of x widened, with zeros behind their ends.
 struct Laid {
   using Value = float;
+  static constexpr bool is_filled = true;
   const uint16_t* x;
   int64_t k, width;
   std::unique_ptr<float[]> values;
@@ -143,6 +128,8 @@ void product(const uint16_t* weight, int64_t k, const float* const* x, uint16_t*
 
 #if LANES
 
+constexpr int64_t CHUNK = 32;  // rows of a matrix that a thread takes at a time
+
 // As many rows of the matrix at a time as registers suffice for.
 template <int M>
 void rows(
@@ -172,8 +159,10 @@ void chiasm_dense(
   const Laid laid(x, num_rows, k);
 #pragma omp parallel num_threads(worth(rows_of_all * n * k, threads))
   {
+    if (Laid::is_filled) {  // without a need threads do not wait for each other
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < num_rows; ++i) laid.fill(i);
+      for (int64_t i = 0; i < num_rows; ++i) laid.fill(i);
+    }
     // Dynamic: a core may be another process's for a while, and its share must not wait for it.
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < num_runs * chunks; ++item) {

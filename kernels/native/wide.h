@@ -1,8 +1,22 @@
-// Registers of float32, 16 with AVX-512 and 8 with AVX2, under one name.
+// Registers of float32, 16 with AVX-512 and 8 with AVX2, under one name; nothing without either.
+//
+// LANES: their bits, or 0. Who has not said so multiplies bfloat16.
 #pragma once
+#ifndef LANES
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(CHIASM_GENERIC)
+#define LANES 512
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(CHIASM_GENERIC)
+#define LANES 256
+#else
+#define LANES 0
+#endif
+#endif
+
+#if LANES
 #include <immintrin.h>
 
 #include <cstdint>
+#endif
 
 #if LANES == 512
 
@@ -29,7 +43,7 @@ inline Wide widened(const uint16_t* at) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-#else
+#elif LANES == 256
 
 using Wide = __m256;
 constexpr int64_t WIDTH = 8;

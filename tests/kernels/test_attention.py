@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processors import be_processor
 
 from chiasm.kernels import native
 from chiasm.kernels.attention import Segment, cpu, reference
@@ -78,7 +77,7 @@ def test_slots_beyond_the_sequence_are_never_read() -> None:
     )
 
 
-@pytest.mark.parametrize("processor", ["this processor", "AVX2"])
+@pytest.mark.usefixtures("any_processor")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(20, 4, 128), (4, 2, 32), (8, 1, 64), (3, 3, 96), (7, 1, 160)]
 )
@@ -88,13 +87,9 @@ def test_single_bfloat16_tokens(
     kv_heads: int,
     dim: int,
     pieces: int,
-    processor: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Beside longer segments, and over cuts of the history; nearly as exact as their rounding."""
-    if processor != "this processor":
-        be_processor(processor, monkeypatch)
-    if not native.has_attention():
+    if not native.has_bfloat16():
         pytest.skip("not compiled for this processor")
     g = torch.Generator().manual_seed(heads + pieces)
     lengths = [1, 2, 31, 32, 33, 1023, 1024, 1025, 2600]

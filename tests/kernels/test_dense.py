@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from processors import be_processor
 
 from chiasm.kernels import dense, native
 
@@ -16,12 +15,6 @@ def matrices(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, shape[1], generator=generator).to(dtype)
     return x, torch.randn(shape, generator=generator).to(dtype)
-
-
-@pytest.fixture(params=["this processor", "AVX2"])
-def any_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param != "this processor":
-        be_processor(request.param, monkeypatch)
 
 
 @pytest.mark.usefixtures("any_processor")

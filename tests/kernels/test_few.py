@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processors import be_processor
 from quant.matrices import FORMATS
 
 from chiasm.kernels import dense as products
@@ -37,12 +36,6 @@ def shard(gate_up: str, down: str, hidden: int, width: int) -> ShardWeights:
     )
 
 
-@pytest.fixture(params=["this processor", "AVX2", "any processor"])
-def any_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param != "this processor":
-        be_processor(request.param, monkeypatch)
-
-
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each group of experts was computed in one call."""
@@ -57,7 +50,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-@pytest.mark.usefixtures("any_library")
+@pytest.mark.usefixtures("any_processor")
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 8])
 @pytest.mark.parametrize(("hidden", "width"), [(128, 64), (384, 140), (132, 512), (1024, 700)])

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from processors import be_processor
 
 from chiasm.kernels import native
 from chiasm.kernels.quant import cpu, table, tcq2
@@ -65,12 +64,6 @@ def test_an_encoded_matrix_is_the_walk_of_its_symbols() -> None:
     assert torch.equal(coded.dequantize(0, torch.float32), expected)
     assert torch.equal(cpu.widened(coded, 0, torch.float32), expected)
     assert (expected - weight[0]).square().mean() < 0.081
-
-
-@pytest.fixture(params=["this processor", "AVX2", "any processor"])
-def any_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param != "this processor":
-        be_processor(request.param, monkeypatch)
 
 
 @pytest.mark.usefixtures("any_processor")
