@@ -23,6 +23,7 @@ from benchmarks import (
     seam,
     serve,
     speculation,
+    start,
 )
 from chiasm.bench import machine
 from chiasm.model.synth import synthesize
@@ -30,6 +31,7 @@ from chiasm.model.synth import synthesize
 CASES = {
     "seam": seam.run,
     "recovery": recovery.run,
+    "start": start.run,
     "attention": attention.run,
     "micro_batches": micro_batches.run,
     "serve": serve.run,

@@ -9,17 +9,33 @@ constexpr int64_t AHEAD = 4096;    // bytes; not every machine prefetches stream
 constexpr int64_t LOOKED_UP = 8;   // rows of tcq2 at a time: their levels stay in the cache
 
 // The levels of four weights by their byte of codes and the six bits before it.
-struct Table {
-  static constexpr uint32_t WINDOWS = 1 << 14;
-  std::unique_ptr<uint32_t[]> four{new uint32_t[WINDOWS]};
+struct Windows {
+  static constexpr uint32_t COUNT = 1 << 14;
+  int8_t table[STATES];  // that they are made of
+  uint32_t four[COUNT];
 
-  Table(const int8_t* table, uint8_t) {
-    for (uint32_t window = 0; window < WINDOWS; ++window) {
+  explicit Windows(const int8_t* from) {
+    std::copy(from, from + STATES, table);
+    for (uint32_t window = 0; window < COUNT; ++window) {
       uint32_t levels = 0;
       for (int j = 0; j < 4; ++j)
         levels |= uint32_t(uint8_t(table[(window >> (6 - 2 * j)) & 255])) << (8 * j);
       four[window] = levels;
     }
+  }
+};
+
+struct Table {
+  std::shared_ptr<const Windows> windows;
+
+  // Those made last are kept: a product of small matrices takes no longer than to make them.
+  Table(const int8_t* table, uint8_t) {
+    static std::mutex mutex;
+    static std::shared_ptr<const Windows> kept;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!kept || !std::equal(table, table + STATES, kept->table))
+      kept = std::make_shared<const Windows>(table);
+    windows = kept;
   }
 
   // The levels of a row of so many bytes of codes.
@@ -41,7 +57,7 @@ struct Table {
     }
   }
 
-  INLINE uint64_t of(uint64_t window) const { return four[window & (WINDOWS - 1)]; }
+  INLINE uint64_t of(uint64_t window) const { return windows->four[window & (Windows::COUNT - 1)]; }
 };
 
 // A group's codes of one row of a matrix, in the order in which Laid has the values of x.

@@ -4,6 +4,7 @@
 // Sums within a group are exact; those over groups are float32, in one order, so a row's result does
 // not depend on the other rows, nor on the number of threads.
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "swiglu.h"
