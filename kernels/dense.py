@@ -87,11 +87,16 @@ def torch_has_bfloat16() -> bool:
 
 
 def multiply(
-    x: torch.Tensor, weight: torch.Tensor, lists: Lists, index: torch.Tensor, out: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lists: Lists,
+    index: torch.Tensor,
+    out: torch.Tensor,
+    spent: torch.Tensor | None = None,
 ) -> None:
     """Runs of few rows of x through the matrices of weight [.., N, K]: `chiasm_dense`.
 
-    index: int32. All tensors are contiguous.
+    index: int32. spent: as of `Runs`. All tensors are contiguous.
     """
     library = native.library()
     assert library is not None  # or it had no bfloat16
@@ -102,17 +107,22 @@ def multiply(
         ctypes.c_int64(x.shape[0]),
         ctypes.c_int32(len(lists[0])),
         *lists,
-        *map(pointer, (index, out)),
+        *map(pointer, (index, spent, out)),
         torch.get_num_threads(),
     )
 
 
 def multiply_by_tiles(
-    stack: Stack, x: torch.Tensor, lists: Lists, index: torch.Tensor, out: torch.Tensor
+    stack: Stack,
+    x: torch.Tensor,
+    lists: Lists,
+    index: torch.Tensor,
+    out: torch.Tensor,
+    spent: torch.Tensor | None = None,
 ) -> None:
     """Runs of rows of x through the matrices of a stack of any format: `chiasm_tiles`.
 
-    x: bfloat16. index: int32. All tensors are contiguous.
+    x: bfloat16. index: int32. spent: as of `Runs`. All tensors are contiguous.
     """
     library = native.library()
     assert library is not None  # or it had no tiles
@@ -121,7 +131,7 @@ def multiply_by_tiles(
         pointer(x),
         ctypes.c_int32(len(lists[0])),
         *lists,
-        *map(pointer, (index, out)),
+        *map(pointer, (index, spent, out)),
         torch.get_num_threads(),
     )
 
@@ -143,6 +153,6 @@ def _all_rows(num_rows: int) -> tuple[Lists, torch.Tensor]:
     return lists([(0, 0, num_rows)]), index
 
 
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    """Of the first element, as C++ wants it."""
-    return ctypes.c_void_p(tensor.data_ptr())
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Of the first element, as C++ wants it; null of none."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

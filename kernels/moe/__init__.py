@@ -33,18 +33,22 @@ def shard_partial(
     expert_ids: torch.Tensor,
     expert_weights: torch.Tensor,
     weights: ShardWeights,
+    spent: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums the shard's share of each token's experts; see reference.py for the exact statement.
 
     hidden [T, H] in the model's dtype. expert_ids int32 [T, K] within the bank. expert_weights
     float32 [T, K]. Returns rows int32 [N], ascending, and values float32 [N, H].
+
+    spent: int64 [E_s] on the CPU. The nanoseconds that the products of each of the shard's experts
+    take are added to it; none on a GPU, where one product is of all experts.
     """
     is_trained = torch.is_grad_enabled() and hidden.requires_grad
     if is_triton(hidden.device) and launch.is_supported(weights) and not is_trained:
         with torch.cuda.device(hidden.device):  # triton launches on the current device
             return launch.shard_partial(hidden, expert_ids, expert_weights, weights)
     if hidden.device.type == "cpu" and not is_trained:
-        return cpu.shard_partial(hidden, expert_ids, expert_weights, weights)
+        return cpu.shard_partial(hidden, expert_ids, expert_weights, weights, spent)
     return reference.shard_partial(hidden, expert_ids, expert_weights, weights)
 
 

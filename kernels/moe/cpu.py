@@ -23,8 +23,9 @@ def shard_partial(
     expert_ids: torch.Tensor,
     expert_weights: torch.Tensor,
     weights: ShardWeights,
+    spent: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See kernels.moe.reference.shard_partial."""
+    """See kernels.moe.shard_partial."""
     # A thread that has asked torch for nothing yet would multiply with as many threads as OpenMP
     # likes, and round by their number.
     assert torch.get_num_threads()
@@ -35,7 +36,7 @@ def shard_partial(
         gate_up, hidden = gate_up.inner, rotate(hidden)
     begin = 0
     for experts in groups(pairs.counts, pair_bytes=_pair_bytes(weights.down, hidden.dtype)):
-        runs = _runs(experts, pairs.counts, pairs.token[begin:])
+        runs = _runs(experts, pairs.counts, pairs.token[begin:], spent)
         part = slice(begin, begin + len(runs.index))
         to = (pairs.weight[part], pairs.slot[part], values)
         if not add_experts(hidden, gate_up, weights.down, runs, *to):
@@ -66,8 +67,10 @@ def _pair_bytes(down: ExpertMatrices, dtype: torch.dtype) -> int:
     return max(in_turn, rotated, in_one)
 
 
-def _runs(experts: range, counts: Sequence[int], token: torch.Tensor) -> Runs:
+def _runs(
+    experts: range, counts: Sequence[int], token: torch.Tensor, spent: torch.Tensor | None
+) -> Runs:
     """The pairs of `experts`, the first of `token`."""
     held = [expert for expert in experts if counts[expert]]
     ends = list(itertools.accumulate(counts[expert] for expert in held))
-    return Runs(experts=held, begin=[0, *ends[:-1]], end=ends, index=token[: ends[-1]])
+    return Runs(experts=held, begin=[0, *ends[:-1]], end=ends, index=token[: ends[-1]], spent=spent)

@@ -47,7 +47,7 @@ def add_experts(
         ctypes.c_int64(x.shape[0]),
         ctypes.c_int32(len(runs.experts)),
         *dense.lists(list(zip(runs.experts, runs.begin, runs.end, strict=True))),
-        *map(dense.pointer, (index, weight, slot, values)),
+        *map(dense.pointer, (index, runs.spent, weight, slot, values)),
         torch.get_num_threads(),
     )
     return True

@@ -35,6 +35,7 @@ SOURCES = (
 HEADERS = (
     "avx2.h",
     "avx512.h",
+    "clock.h",
     "formats.h",
     "generic.h",
     "laid.h",

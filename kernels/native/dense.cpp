@@ -4,6 +4,7 @@
 // in one order, so a row's result does not depend on the other rows, nor on the number of threads.
 #include <memory>
 
+#include "clock.h"
 #include "formats.h"
 #include "wide.h"
 
@@ -152,7 +153,7 @@ extern "C" {
 void chiasm_dense(
     const uint16_t* weight, int64_t n, int64_t k, const uint16_t* x, int64_t num_rows,
     int32_t num_runs, const int32_t* expert, const int32_t* begin, const int32_t* end,
-    const int32_t* index, uint16_t* out, int threads) {
+    const int32_t* index, int64_t* spent, uint16_t* out, int threads) {
   const int64_t chunks = (n + CHUNK - 1) / CHUNK;
   int64_t rows_of_all = 0;
   for (int32_t r = 0; r < num_runs; ++r) rows_of_all += end[r] - begin[r];
@@ -169,6 +170,7 @@ void chiasm_dense(
       const int64_t run = item / chunks, first = item % chunks * CHUNK;
       const int64_t count = std::min(CHUNK, n - first);
       const uint16_t* held = weight + (expert[run] * n + first) * k;
+      const Clock clock(spent ? spent + expert[run] : nullptr);
       for (int64_t i = begin[run]; i < end[run];) {
         const int64_t left = end[run] - i;
         const Laid::Value* given[4];

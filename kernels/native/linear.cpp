@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "clock.h"
 #include "swiglu.h"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && !defined(CHIASM_GENERIC)
@@ -24,10 +25,12 @@ namespace {
 constexpr int64_t CHUNK_BYTES = 256 << 10;  // of a matrix that a thread takes at a time
 constexpr int64_t COMBINED = 512;           // columns that a thread adds up at a time
 
-// Rows index[begin[r]], .., index[end[r] - 1] of x go through matrix expert[r].
+// Rows index[begin[r]], .., index[end[r] - 1] of x go through matrix expert[r], which takes spent of it
+// (clock.h), or nobody asks.
 struct Runs {
   int32_t count;
   const int32_t *expert, *begin, *end, *index;
+  int64_t* spent;
 
   int64_t rows() const {
     int64_t all = 0;
@@ -88,6 +91,7 @@ struct Linear : Task {
       part.begin = begin;
       part.end = std::min(s.n, begin + chunk);
       part.out = out + first * s.n;
+      const Clock clock(runs.spent ? runs.spent + part.expert : nullptr);
       multiply<F>(s, laid, table.get(), part);
     }
   }
@@ -119,11 +123,13 @@ void combine(
 extern "C" {
 
 // Row i of out [.., n] = row index[i] of x [num_rows, k] times a matrix transposed: that of expert[r]
-// for i in [begin[r], end[r]); rows of no run are left alone. x and out are bfloat16.
+// for i in [begin[r], end[r]); rows of no run are left alone. x and out are bfloat16. What time each
+// expert takes is added to spent, unless that is null.
 void chiasm_linear(
     const Stack* s, const uint16_t* x, int64_t num_rows, int32_t num_runs, const int32_t* expert,
-    const int32_t* begin, const int32_t* end, const int32_t* index, uint16_t* out, int threads) {
-  const Runs runs{num_runs, expert, begin, end, index};
+    const int32_t* begin, const int32_t* end, const int32_t* index, int64_t* spent, uint16_t* out,
+    int threads) {
+  const Runs runs{num_runs, expert, begin, end, index, spent};
   const auto product = linear(*s, x, num_rows, runs, out);
 #pragma omp parallel num_threads(worth(runs.rows() * s->n * s->k, threads))
   product->work();
@@ -135,8 +141,8 @@ void chiasm_linear(
 void chiasm_experts(
     const Stack* gate_up, const Stack* down, const uint16_t* x, int64_t num_rows, int32_t num_runs,
     const int32_t* expert, const int32_t* begin, const int32_t* end, const int32_t* index,
-    const float* weight, const int64_t* slot, float* values, int threads) {
-  Runs runs{num_runs, expert, begin, end, index};
+    int64_t* spent, const float* weight, const int64_t* slot, float* values, int threads) {
+  Runs runs{num_runs, expert, begin, end, index, spent};
   const int64_t pairs = runs.rows(), width = down->k, out = down->n;
   using Values = std::unique_ptr<uint16_t[]>;  // not a vector, which would be set to zero first
   const Values both(new uint16_t[pairs * 2 * width]), inner(new uint16_t[pairs * width]),

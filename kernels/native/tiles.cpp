@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "clock.h"
 #include "formats.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__) && \
@@ -229,7 +230,8 @@ extern "C" {
 // As chiasm_linear, also of bfloat16 matrices; only where chiasm_has_tiles.
 void chiasm_tiles(
     const Stack* s, const uint16_t* x, int32_t num_runs, const int32_t* expert,
-    const int32_t* begin, const int32_t* end, const int32_t* index, uint16_t* out, int threads) {
+    const int32_t* begin, const int32_t* end, const int32_t* index, int64_t* spent, uint16_t* out,
+    int threads) {
   const int64_t steps = (s->k + DEPTH - 1) / DEPTH, chunks = (s->n + CHUNK - 1) / CHUNK;
   std::vector<int64_t> first(num_runs + 1);  // of each run's 16 rows of x among all
   for (int32_t r = 0; r < num_runs; ++r)
@@ -252,6 +254,7 @@ void chiasm_tiles(
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < num_runs * chunks; ++item) {
       const int64_t r = item / chunks, row = item % chunks * CHUNK;
+      const Clock clock(spent ? spent + expert[r] : nullptr);
       multiply(
           widener,
           {expert[r], row, std::min(s->n, row + CHUNK), end[r] - begin[r],

@@ -137,9 +137,10 @@ class Answers:
         region = wire.answer_region(request, arenas)
         device = self._bank.device
         on_device = [t.to(device) for t in (args.hidden, args.expert_ids, args.expert_weights)]
+        spent = torch.zeros(self._limits.text.num_experts, dtype=torch.int64)
         done, start = [], time.monotonic_ns()
         # One shard at a time, way back included, so that each one's time is known.
-        for partial in self._bank.partials(args.layer, args.shards, *on_device):
+        for partial in self._bank.partials(args.layer, args.shards, *on_device, spent):
             partials.shards.append(wire.encode(partial, region))
             end = time.monotonic_ns()
             done.append((partial.shard, partial.rows.numel(), end - start))
@@ -148,7 +149,7 @@ class Answers:
                 return
         for shard, num_tokens, compute_ns in done:
             self.loads.add(shard, tokens=num_tokens, compute_ns=compute_ns)
-        self.loads.add_dispatch(args.shards, args.expert_ids)
+        self.loads.add_dispatch(args.shards, args.expert_ids, spent)
 
     def _refuse(self, response: experts_pb2.DispatchResponse, error: errors.ChiasmError) -> None:
         response.error.code, response.error.message = error.code, error.message

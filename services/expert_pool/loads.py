@@ -26,6 +26,9 @@ class Loads:
         self._expert_tokens = cache(
             lambda expert: metrics.EXPERT_TOKENS.labels(self._modality, str(expert))
         )
+        self._expert_seconds = cache(
+            lambda expert: metrics.EXPERT_COMPUTE_SECONDS.labels(self._modality, str(expert))
+        )
         self._shard_tokens = cache(
             lambda shard: metrics.SHARD_TOKENS.labels(self._modality, str(shard))
         )
@@ -41,14 +44,22 @@ class Loads:
         self._shard_tokens(shard).inc(tokens)
         self._shard_seconds(shard).inc(compute_ns / 1e9)
 
-    def add_dispatch(self, shards: tuple[int, ...], expert_ids: torch.Tensor) -> None:
-        """Books a dispatch: ids int32 [T, K], of which those outside `shards` do not count."""
+    def add_dispatch(
+        self, shards: tuple[int, ...], expert_ids: torch.Tensor, spent_ns: torch.Tensor
+    ) -> None:
+        """Books a dispatch: ids int32 [T, K], of which those outside `shards` do not count.
+
+        spent_ns: int64 [E], the time of each expert; zeros where it is not known.
+        """
         self._dispatch_tokens.inc(expert_ids.shape[0])
         counts = np.bincount(expert_ids.numpy().ravel(), minlength=self._experts[-1].stop).tolist()
+        spent = spent_ns.tolist()
         for shard in shards:
             for expert in self._experts[shard]:
                 if counts[expert]:
                     self._expert_tokens(expert).inc(counts[expert])
+                if spent[expert]:
+                    self._expert_seconds(expert).inc(spent[expert] / 1e9)
 
     def add_queued(self, queue_ns: int) -> None:
         """Books a dispatch whose turn has come, and how long it waited for that."""

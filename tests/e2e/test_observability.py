@@ -244,6 +244,9 @@ def test_metrics_count_what_was_done(observed: Observed) -> None:
         num = grown(f"{pool}-pool", "chiasm_dispatch_compute_seconds_count")
         assert num == grown("decoder", "chiasm_decoder_expert_wait_seconds_count", modality=pool)
         assert num == grown(f"{pool}-pool", "chiasm_dispatch_queue_seconds_count")
+        of_experts = grown(f"{pool}-pool", "chiasm_expert_compute_seconds_total", modality=pool)
+        of_shards = grown(f"{pool}-pool", "chiasm_shard_compute_seconds_total", modality=pool)
+        assert 0 < of_experts < of_shards
 
     encoded = {"kind": "image"}
     assert grown("vision-encoder", "chiasm_encoder_cache_misses_total") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -69,6 +70,28 @@ def test_rows_for_other_shards_change_no_bit(
         alone, alone_values = cpu.shard_partial(hidden[own], ids[own], gates[own], weights)
         assert alone.tolist() == list(range(len(own)))
         assert torch.equal(alone_values, values)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 60])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_time_of_each_expert(name: str, tokens: int, dtype: torch.dtype) -> None:
+    """It is added to what is there, of those with tokens alone, and never more than has passed."""
+    weights = shard(name, range(3, 11))
+    hidden, ids, gates = dispatch(tokens, dtype, seed=tokens)
+    ids = torch.where(ids == 5, 1, ids)  # 5 has none
+    spent = torch.full((weights.num_experts,), 7)
+    start = time.monotonic_ns()
+    rows, values = cpu.shard_partial(hidden, ids, gates, weights, spent)
+    passed = time.monotonic_ns() - start
+    busy = {int(e) - 3 for e in ids.unique() if 3 <= e < 11}
+    assert busy
+    assert {e for e, ns in enumerate(spent.tolist()) if ns > 7} == busy
+    assert int((spent - 7).sum()) <= passed
+    for found, expected in zip(
+        (rows, values), cpu.shard_partial(hidden, ids, gates, weights), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("is_rotated", [False, True])

@@ -104,8 +104,11 @@ class ExpertBank:
         hidden: torch.Tensor,
         expert_ids: torch.Tensor,
         expert_weights: torch.Tensor,
+        spent: torch.Tensor | None = None,
     ) -> Iterator[Partial]:
         """One partial per shard, ascending, computed when it is asked for. Shapes as in Dispatch.
+
+        spent: int64 [E] by expert of the bank, see `kernels.moe.shard_partial`.
 
         Raises NotFound for a shard that is not loaded, before any is computed; one that is dropped
         later is computed all the same.
@@ -120,7 +123,9 @@ class ExpertBank:
         def compute() -> Iterator[Partial]:
             for shard in wanted:
                 weights = held[shard][layer]
-                rows, values = shard_partial(hidden, expert_ids, expert_weights, weights)
+                given = (hidden, expert_ids, expert_weights, weights)
+                own = slice(weights.first, weights.first + weights.num_experts)
+                rows, values = shard_partial(*given, None if spent is None else spent[own])
                 yield Partial(shard=shard, rows=rows, values=values)
 
         return compute()

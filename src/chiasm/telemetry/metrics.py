@@ -59,6 +59,11 @@ DISPATCH_TOKENS = Counter(
 EXPERT_TOKENS = Counter(
     "chiasm_expert_tokens_total", "Tokens computed by each expert.", ["modality", "expert"]
 )
+EXPERT_COMPUTE_SECONDS = Counter(
+    "chiasm_expert_compute_seconds_total",
+    "Time spent on each expert's products; on CPUs alone, as a GPU multiplies all experts at once.",
+    ["modality", "expert"],
+)
 SHARD_TOKENS = Counter(
     "chiasm_shard_tokens_total",
     "Tokens with an expert in a shard, all layers together.",
@@ -294,6 +299,7 @@ OF_SERVICE: dict[str, tuple[MetricWrapperBase, ...]] = {
         DISPATCH_COMPUTE_SECONDS,
         DISPATCH_TOKENS,
         EXPERT_TOKENS,
+        EXPERT_COMPUTE_SECONDS,
         SHARD_TOKENS,
         SHARD_COMPUTE_SECONDS,
         DISPATCH_FAILURES,
