@@ -6,6 +6,7 @@
 
 constexpr int PARTS = GROUP / 16;  // registers that hold a group's codes
 constexpr int64_t AHEAD = 4096;    // bytes; not every machine prefetches streams by itself
+constexpr int64_t SCALES_AHEAD = 256;
 constexpr int64_t LOOKED_UP = 8;   // rows of tcq2 at a time: their levels stay in the cache
 
 // The levels of four weights by their byte of codes and the six bits before it.
@@ -150,6 +151,14 @@ struct Rows {
     return found;
   }
 
+  // They come a few bytes a row, in which no processor sees a stream.
+  INLINE void fetch_scales(int64_t j) const {
+    if (F != INT4) return;
+    const int64_t at = 2 * (first + j) * s.groups() + SCALES_AHEAD;
+    _mm_prefetch(static_cast<const char*>(s.scale) + at, _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(s.aux) + at, _MM_HINT_T0);
+  }
+
   float unit(int64_t j, int64_t g) const {
     const int64_t at = (first + j) * s.groups() + g;
     if (F == INT4) return widen(static_cast<const uint16_t*>(s.scale)[at]);
@@ -172,6 +181,7 @@ void products(const Rows<F>& rows, const Laid<F>& x, const int32_t* index, uint1
     Wide total[M];
     float offset[M] = {};
     for (auto& lanes : total) lanes = wide(0);
+    rows.fetch_scales(j);
     for (int64_t g = 0; g < groups; ++g) {
       const Codes codes = rows.group(j, g);
       const float unit = rows.unit(j, g);
