@@ -9,9 +9,6 @@ INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard protos/*/*.proto protos/*/*/*.proto)
 
-# Tests that compute, and start and time nothing, run side by side.
-COMPUTING := $(addprefix tests/,checkpoint helm kernels model quant training)
-
 # Both recipes below install into one environment.
 .NOTPARALLEL:
 
@@ -41,8 +38,7 @@ demo: $(INSTALLED) ## Start all services on a small model, ask about a picture, 
 	$(BIN)/chiasm demo
 
 test: $(TEST_INSTALLED) ## Run every test
-	PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(COMPUTING)
-	PYTHONSAFEPATH=1 $(BIN)/pytest $(COMPUTING:%=--ignore=%)
+	PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --no-loadscope-reorder
 
 lint: $(TEST_INSTALLED) ## Ruff, mypy, import layers, protobuf lint
 	$(BIN)/ruff check .

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from chiasm.local import LocalStack
-from chiasm.membership import Role
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -20,10 +19,11 @@ def cpu_seconds(stack: LocalStack, names: Iterable[str] | None = None) -> float:
     return sum(map(_ticks, pids)) / _TICKS_PER_S
 
 
-def decoder_metrics(stack: LocalStack) -> dict[str, float]:
-    """What the decoder exports, by sample name with its labels."""
-    (decoder,) = stack.topology().ready(Role.DECODER)
-    with urllib.request.urlopen(f"http://{decoder.metrics_address}/metrics", timeout=10) as answer:
+def exported(stack: LocalStack, name: str) -> dict[str, float]:
+    """What a process exports, by sample name with its labels."""
+    address = stack.children[name].address()
+    (member,) = (m for m in stack.topology().members if m.address == address)
+    with urllib.request.urlopen(f"http://{member.metrics_address}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
     return {name: float(value) for name, _, value in samples}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.processes import cpu_seconds, decoder_metrics
+from benchmarks.processes import cpu_seconds, exported
 from chiasm.client import AsyncClient, Message, Sampling
 from chiasm.local import LocalStack, StackConfig
 from chiasm.training.data.stream import held_out
@@ -50,9 +50,9 @@ def run(model: Path, report: Callable[[str], None]) -> dict[str, object]:
         for name, (task, sampling) in CASES.items():
             prompts = [messages(sample) for sample in held_out(task, QUESTIONS)]
             for concurrency in CONCURRENCY:
-                before = decoder_metrics(stacks["ngram"])
+                before = exported(stacks["ngram"], "decoder")
                 costs, num_changed = _compare(stacks, endpoints, prompts, sampling, concurrency)
-                after = decoder_metrics(stacks["ngram"])
+                after = exported(stacks["ngram"], "decoder")
                 guessed, right = (
                     after[f"chiasm_decoder_{kind}_tokens_total"]
                     - before[f"chiasm_decoder_{kind}_tokens_total"]
@@ -152,4 +152,4 @@ async def _round(
 
 
 def _steps(stack: LocalStack) -> float:
-    return decoder_metrics(stack)["chiasm_decoder_step_seconds_count"]
+    return exported(stack, "decoder")["chiasm_decoder_step_seconds_count"]

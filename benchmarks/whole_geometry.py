@@ -5,8 +5,9 @@
 `chiasm synth` writes random weights straight in low precision, the decoder's matrices once in
 bfloat16 and once in int8 (about 22 GB on disk); the stack of separate processes serves them.
 Measured through the gateway: tokens a second of decoding by batch size and of a long prompt,
-seconds to the first token of a question about a picture, and what every process holds in memory;
-with half the cores a process, and with all of them, as `chiasm up` has it.
+seconds to the first token of a question about a picture, what a decode step of one request spends
+its time on, and what every process holds in memory; with half the cores a process, and with all of
+them, as `chiasm up` has it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import documents, seam
-from benchmarks.processes import memory
+from benchmarks.processes import cpu_seconds, exported, memory
 from chiasm import cores
 from chiasm.bench import content
 from chiasm.bench.workload import Picture
-from chiasm.client import AsyncClient, Sampling, image, user
+from chiasm.client import AsyncClient, Delta, Sampling, Tokens, image, user
 from chiasm.local import LocalStack, StackConfig
 from chiasm.model.synth import synthesize
 
@@ -81,6 +82,7 @@ def _serve(model: Path, threads: int) -> dict[str, Any]:
         found: dict[str, Any] = {"start_s": time.perf_counter() - start}
         found["memory_after_start"] = memory(stack)
         found |= asyncio.run(_measure(endpoint))
+        found["step"] = asyncio.run(_step(endpoint, stack))
         found["memory_at_the_end"] = memory(stack)
     finally:
         stack.stop()
@@ -108,6 +110,34 @@ async def _measure(endpoint: str) -> dict[str, Any]:
     }
 
 
+async def _step(endpoint: str, stack: LocalStack) -> dict[str, float]:
+    """A decode step of one request, the prompt's not counted: milliseconds of it, that the decoder
+    waits for the text pool, that the pool computes; and of processor time by process."""
+    prompt = Tokens(token_ids=seam.PROMPTS.integers(10, 400, 16).tolist())
+    sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    before: dict[str, float] = {}
+    async with AsyncClient(endpoint, timeout_s=START_S) as client:
+        async for event in client.generate(prompt, sampling=sampling):
+            if isinstance(event, Delta) and not before:
+                before = _spent(stack)
+    spent = {name: after - before[name] for name, after in _spent(stack).items()}
+    steps = spent.pop("steps")
+    return {name: 1e3 * seconds / steps for name, seconds in spent.items()}
+
+
+def _spent(stack: LocalStack) -> dict[str, float]:
+    """Steps since the start, and seconds."""
+    decoder, pool = exported(stack, "decoder"), exported(stack, "text-pool-0")
+    return {
+        "steps": decoder["chiasm_decoder_step_seconds_count"],
+        "all": decoder["chiasm_decoder_step_seconds_sum"],
+        "waiting": decoder['chiasm_decoder_expert_wait_seconds_sum{modality="text"}'],
+        "pool": pool['chiasm_dispatch_compute_seconds_sum{modality="text"}'],
+        "decoder's processor": cpu_seconds(stack, ["decoder"]),
+        "pool's processor": cpu_seconds(stack, ["text-pool-0"]),
+    }
+
+
 async def _picture_seconds(client: AsyncClient, seed: int) -> float:
     """Until the first token about a picture of SIDE x SIDE that nobody has asked about before."""
     file = content.jpeg(Picture(seed=(seed,), width=SIDE, height=SIDE))
@@ -125,6 +155,8 @@ def _summary(found: dict[str, Any]) -> str:
     ]
     lines.append(f"prefill of {PREFILL_TOKENS}: {max(found['prefill_tokens_per_s']):.1f} tokens/s")
     lines.append(f"picture, first token: {min(found['picture_first_token_s']):.1f} s")
+    step = ", ".join(f"{name} {ms:.0f}" for name, ms in found["step"].items())
+    lines.append(f"ms of a decode step: {step}")
     lines.append("GB of its own, after the start and at the end:")
     before, after = (
         {name: held["own"] / 1e9 for name, held in found[moment].items()}

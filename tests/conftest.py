@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import structlog
 import torch
-from groups import group
+from groups import BY_THE_CLOCK, OTHERS_NICENESS, ByGroup, group, worker
 from hypothesis import settings
 from processors import be_processor
 
+from chiasm import cores
+from chiasm.kernels import native
 from chiasm.model.synth import synthesize
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,13 +40,29 @@ for _schema in (
         continue
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own reads what is marked
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item.path)))
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as the first mostly waits; of many cores four will do."""
+    return min(cores.usable(), 4) + 1
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup:
+    return ByGroup(config, log)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compiles the kernels before workers need them all at once."""
+    if session.config.getoption("numprocesses", None):
+        native.library()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if worker(config):  # the longest first
+        items.sort(key=lambda item: group(item.path) != BY_THE_CLOCK)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if worker(item.config) and group(item.path) != BY_THE_CLOCK:
+        os.nice(max(0, OTHERS_NICENESS - os.nice(0)))
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 

@@ -136,11 +136,12 @@ class Answers:
         args = wire.decode(request, self._limits, arenas)
         region = wire.answer_region(request, arenas)
         device = self._bank.device
-        on_device = [t.to(device) for t in (args.hidden, args.expert_ids, args.expert_weights)]
+        given = (args.hidden, args.expert_ids, args.expert_weights)
+        hidden, ids, weights = (tensor.to(device) for tensor in given)
         spent = torch.zeros(self._limits.text.num_experts, dtype=torch.int64)
         done, start = [], time.monotonic_ns()
         # One shard at a time, way back included, so that each one's time is known.
-        for partial in self._bank.partials(args.layer, args.shards, *on_device, spent):
+        for partial in self._bank.partials(args.layer, args.shards, hidden, ids, weights, spent):
             partials.shards.append(wire.encode(partial, region))
             end = time.monotonic_ns()
             done.append((partial.shard, partial.rows.numel(), end - start))
