@@ -159,6 +159,12 @@ struct Rows {
     _mm_prefetch(static_cast<const char*>(s.aux) + at, _MM_HINT_T0);
   }
 
+  // Those of four whole rows.
+  INLINE __m128 scales(int64_t j) const {
+    if (F == INT4) return _mm_set1_ps(1);
+    return _mm_loadu_ps(static_cast<const float*>(s.scale) + first + j);
+  }
+
   float unit(int64_t j, int64_t g) const {
     const int64_t at = (first + j) * s.groups() + g;
     if (F == INT4) return widen(static_cast<const uint16_t*>(s.scale)[at]);
@@ -171,30 +177,99 @@ struct Rows {
   }
 };
 
+// Four bfloat16.
+INLINE __m128 four(const uint16_t* at) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
+}
+
+// The sums over the lanes of each, in the order of sum().
+INLINE __m128 sums(const Wide* a, int stride) {
+  __m128 row[4];
+  for (int r = 0; r < 4; ++r) {
+    const Wide lanes = a[r * stride];
+    row[r] = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  }
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  return _mm_add_ps(_mm_add_ps(row[0], row[2]), _mm_add_ps(row[1], row[3]));
+}
+
+// As narrow() has them.
+INLINE void store4(__m128 values, uint16_t* out) {
+  const __m128i bits = _mm_castps_si128(values);
+  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+  const __m128i up = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7FFF)));
+  const __m128i high = _mm_srli_epi32(up, 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(high, high));
+}
+
+// A row of a matrix times M rows of x, whose groups begin at `first`.
+template <int F, int M>
+INLINE void product(
+    const Rows<F>& rows, int64_t j, const Laid<F>& x, const int64_t* first, Wide* out) {
+  const int64_t groups = x.groups;
+  Wide total[M];
+  for (auto& lanes : total) lanes = wide(0);
+  rows.fetch_scales(j);
+  int64_t g = 0;
+  if constexpr (F == INT4) {
+    __m128 zeros[M];
+    for (auto& lanes : zeros) lanes = _mm_setzero_ps();
+    for (; g + 4 <= groups; g += 4) {
+      const int64_t place = (rows.first + j) * groups + g;
+      const __m128 units = four(static_cast<const uint16_t*>(rows.s.scale) + place);
+      const __m128 offsets = _mm_fnmadd_ps(
+          _mm_set1_ps(8), units, four(static_cast<const uint16_t*>(rows.s.aux) + place));
+      __m256 own[M];
+      for (int m = 0; m < M; ++m) {
+        own[m] = _mm256_castps128_ps256(_mm_mul_ps(units, _mm_loadu_ps(x.scale + first[m] + g)));
+        zeros[m] = _mm_fmadd_ps(offsets, _mm_loadu_ps(x.sum + first[m] + g), zeros[m]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Codes codes = rows.group(j, g + i);
+        for (int m = 0; m < M; ++m) {
+          const Wide whole = _mm256_cvtepi32_ps(codes.dot(x.whole + (first[m] + g + i) * GROUP));
+          const Wide unit = _mm256_permutevar8x32_ps(own[m], _mm256_set1_epi32(i));
+          total[m] = multiply_add(whole, unit, total[m]);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) total[m] = add(total[m], _mm256_zextps128_ps256(zeros[m]));
+  }
+  for (; g < groups; ++g) {
+    const Codes codes = rows.group(j, g);
+    const float unit = rows.unit(j, g);
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = first[m] + g;
+      const Wide whole = _mm256_cvtepi32_ps(codes.dot(x.whole + at * GROUP));
+      total[m] = multiply_add(whole, wide(unit * x.scale[at]), total[m]);
+      if constexpr (F == INT4) {
+        const __m128 offset = _mm_set_ss(rows.offset(j, g, unit) * x.sum[at]);
+        total[m] = add(total[m], _mm256_zextps128_ps256(offset));
+      }
+    }
+  }
+  std::copy(total, total + M, out);
+}
+
 // Rows of a matrix times M rows of x, to `out` [M, n].
 template <int F, int M>
 void products(const Rows<F>& rows, const Laid<F>& x, const int32_t* index, uint16_t* out) {
-  const int64_t groups = x.groups;
-  int64_t first[M];
-  for (int m = 0; m < M; ++m) first[m] = index[m] * groups;
-  for (int64_t j = 0; j < rows.count; ++j) {
-    Wide total[M];
-    float offset[M] = {};
-    for (auto& lanes : total) lanes = wide(0);
-    rows.fetch_scales(j);
-    for (int64_t g = 0; g < groups; ++g) {
-      const Codes codes = rows.group(j, g);
-      const float unit = rows.unit(j, g);
-      for (int m = 0; m < M; ++m) {
-        const int64_t at = first[m] + g;
-        const Wide whole = _mm256_cvtepi32_ps(codes.dot(x.whole + at * GROUP));
-        total[m] = multiply_add(whole, wide(unit * x.scale[at]), total[m]);
-        if constexpr (F == INT4) offset[m] += rows.offset(j, g, unit) * x.sum[at];
-      }
-    }
-    const float scale = rows.s.row_scale(rows.first + j);
+  int64_t first[M], j = 0;
+  for (int m = 0; m < M; ++m) first[m] = index[m] * x.groups;
+  for (; j + 4 <= rows.count; j += 4) {
+    Wide total[4][M];
+    for (int r = 0; r < 4; ++r) product<F, M>(rows, j + r, x, first, total[r]);
+    const __m128 scale = rows.scales(j);
     for (int m = 0; m < M; ++m)
-      out[m * rows.s.n + j] = narrow((sum(total[m]) + offset[m]) * scale);
+      store4(_mm_mul_ps(sums(&total[0][m], M), scale), out + m * rows.s.n + j);
+  }
+  for (; j < rows.count; ++j) {
+    Wide total[M];
+    product<F, M>(rows, j, x, first, total);
+    const float scale = rows.s.row_scale(rows.first + j);
+    for (int m = 0; m < M; ++m) out[m * rows.s.n + j] = narrow(sum(total[m]) * scale);
   }
 }
 
