@@ -14,7 +14,7 @@ from groups import OTHERS_NICENESS, worker
 from kube.control_plane import BUILD_SCRIPT, PROGRAMS, ControlPlane, is_built
 from kubernetes import client
 
-BUILD_TIMEOUT_S = 900
+BUILD_TIMEOUT_S = 1800
 BUILD = ["timeout", str(BUILD_TIMEOUT_S), str(BUILD_SCRIPT), str(PROGRAMS)]
 HERE = Path(__file__).parent
 
