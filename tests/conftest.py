@@ -41,7 +41,7 @@ for _schema in (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, as the first mostly waits; of many cores four will do."""
+    """One more than there are cores, as one of them mostly waits; of many cores four will do."""
     return min(cores.usable(), 4) + 1
 
 
@@ -56,7 +56,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if worker(config):  # the longest first
+    if worker(config):  # the longest group first
         items.sort(key=lambda item: group(item.path) != BY_THE_CLOCK)
 
 

@@ -27,7 +27,7 @@ _TOGETHER = {
         "e2e/test_resume.py",
         "e2e/test_scaling.py",
         "e2e/test_two_decoders.py",
-        "kube",
+        "kube",  # one control plane, whose addresses are fixed
     ),
     "checkpoint": ("checkpoint",),  # one converted model for all
     "model": ("model",),  # one reference model for all

@@ -210,6 +210,14 @@ INLINE void product(
   const int64_t groups = x.groups;
   Wide total[M];
   for (auto& lanes : total) lanes = wide(0);
+  // The products with group g, times what `unit` gives for each row of x.
+  const auto add_group = [&](int64_t g, const auto& unit) {
+    const Codes codes = rows.group(j, g);
+    for (int m = 0; m < M; ++m) {
+      const Wide whole = _mm256_cvtepi32_ps(codes.dot(x.whole + (first[m] + g) * GROUP));
+      total[m] = multiply_add(whole, unit(m), total[m]);
+    }
+  };
   rows.fetch_scales(j);
   int64_t g = 0;
   if constexpr (F == INT4) {
@@ -226,29 +234,21 @@ INLINE void product(
         zeros[m] = _mm_fmadd_ps(offsets, _mm_loadu_ps(x.sum + first[m] + g), zeros[m]);
       }
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Codes codes = rows.group(j, g + i);
-        for (int m = 0; m < M; ++m) {
-          const Wide whole = _mm256_cvtepi32_ps(codes.dot(x.whole + (first[m] + g + i) * GROUP));
-          const Wide unit = _mm256_permutevar8x32_ps(own[m], _mm256_set1_epi32(i));
-          total[m] = multiply_add(whole, unit, total[m]);
-        }
-      }
+      for (int i = 0; i < 4; ++i)
+        add_group(g + i, [&](int m) {
+          return _mm256_permutevar8x32_ps(own[m], _mm256_set1_epi32(i));
+        });
     }
     for (int m = 0; m < M; ++m) total[m] = add(total[m], _mm256_zextps128_ps256(zeros[m]));
   }
   for (; g < groups; ++g) {
-    const Codes codes = rows.group(j, g);
     const float unit = rows.unit(j, g);
-    for (int m = 0; m < M; ++m) {
-      const int64_t at = first[m] + g;
-      const Wide whole = _mm256_cvtepi32_ps(codes.dot(x.whole + at * GROUP));
-      total[m] = multiply_add(whole, wide(unit * x.scale[at]), total[m]);
-      if constexpr (F == INT4) {
-        const __m128 offset = _mm_set_ss(rows.offset(j, g, unit) * x.sum[at]);
+    add_group(g, [&](int m) { return wide(unit * x.scale[first[m] + g]); });
+    if constexpr (F == INT4)
+      for (int m = 0; m < M; ++m) {
+        const __m128 offset = _mm_set_ss(rows.offset(j, g, unit) * x.sum[first[m] + g]);
         total[m] = add(total[m], _mm256_zextps128_ps256(offset));
       }
-    }
   }
   std::copy(total, total + M, out);
 }

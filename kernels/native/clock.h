@@ -5,15 +5,16 @@
 #include <chrono>
 #include <cstdint>
 
-// Adds the time that it lives, in nanoseconds, to `*to`; each thread of a team counts for its share of
-// it, so that the sums are of time as it passes. Nothing without `to`.
+// Adds the time that it lives, in nanoseconds, to spent[matrix]; each thread of a team counts for its
+// share of it, so that the sums are of time as it passes. Nothing when spent is null.
 class Clock {
   using Time = std::chrono::steady_clock;
   int64_t* to;
   Time::time_point start;
 
  public:
-  explicit Clock(int64_t* to) : to(to), start(to ? Time::now() : Time::time_point()) {}
+  Clock(int64_t* spent, int64_t matrix)
+      : to(spent ? spent + matrix : nullptr), start(to ? Time::now() : Time::time_point()) {}
   Clock(const Clock&) = delete;
   ~Clock() {
     if (!to) return;

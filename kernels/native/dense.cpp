@@ -170,7 +170,7 @@ void chiasm_dense(
       const int64_t run = item / chunks, first = item % chunks * CHUNK;
       const int64_t count = std::min(CHUNK, n - first);
       const uint16_t* held = weight + (expert[run] * n + first) * k;
-      const Clock clock(spent ? spent + expert[run] : nullptr);
+      const Clock clock(spent, expert[run]);
       for (int64_t i = begin[run]; i < end[run];) {
         const int64_t left = end[run] - i;
         const Laid::Value* given[4];

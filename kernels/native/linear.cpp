@@ -91,7 +91,7 @@ struct Linear : Task {
       part.begin = begin;
       part.end = std::min(s.n, begin + chunk);
       part.out = out + first * s.n;
-      const Clock clock(runs.spent ? runs.spent + part.expert : nullptr);
+      const Clock clock(runs.spent, part.expert);
       multiply<F>(s, laid, table.get(), part);
     }
   }

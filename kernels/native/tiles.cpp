@@ -254,7 +254,7 @@ void chiasm_tiles(
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < num_runs * chunks; ++item) {
       const int64_t r = item / chunks, row = item % chunks * CHUNK;
-      const Clock clock(spent ? spent + expert[r] : nullptr);
+      const Clock clock(spent, expert[r]);
       multiply(
           widener,
           {expert[r], row, std::min(s->n, row + CHUNK), end[r] - begin[r],
