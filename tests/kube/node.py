@@ -210,8 +210,9 @@ class Pod(threading.Thread):
 
     def _serve(self) -> None:
         while not self._deleted.is_set():
-            self.child = child = self._start()
-            failures = FAILURES
+            if (child := self._started()) is None:
+                return
+            self.child, failures = child, FAILURES
             address, service = self._probe
             with grpc.insecure_channel(address, options=options(CONTROL_BYTES)) as channel:
                 while child.exit_code is None and not self._deleted.wait(POLL_S):
@@ -225,13 +226,23 @@ class Pod(threading.Thread):
             self._deleted.wait(RESTART_S)
 
     def _run_once(self) -> None:
-        self.child = child = self._start()
+        if (child := self._started()) is None:
+            return
+        self.child = child
         self._tell("Running", ready=True)
         while child.exit_code is None and not self._deleted.wait(POLL_S):
             pass
         if child.exit_code is None:
             child.end(max(1.0, self._grace_s))
         self._tell("Failed" if child.exit_code else "Succeeded", ready=False)
+
+    def _started(self) -> Child | None:
+        """The process, for which the API server is waited for; None when the pod is deleted."""
+        while not self._deleted.is_set():
+            with contextlib.suppress(client.ApiException, urllib3.exceptions.HTTPError):
+                return self._start()
+            self._deleted.wait(RESTART_S)
+        return None
 
     def _start(self) -> Child:
         environment = dict(self._environment())
