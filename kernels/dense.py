@@ -101,8 +101,7 @@ def multiply(
     library = native.library()
     assert library is not None  # or it had no bfloat16
     library.chiasm_dense(
-        pointer(weight),
-        *map(ctypes.c_int64, weight.shape[-2:]),
+        ctypes.byref(stack(weight)),
         pointer(x),
         ctypes.c_int64(x.shape[0]),
         ctypes.c_int32(len(lists[0])),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from chiasm.kernels.moe.few import add_experts
+from chiasm.kernels.moe.few import partial_of_few
 from chiasm.kernels.moe.pairs import combine, pairs_of
 from chiasm.kernels.moe.reference import ShardWeights
 from chiasm.kernels.moe.scratch import groups
@@ -29,18 +29,20 @@ def shard_partial(
     # A thread that has asked torch for nothing yet would multiply with as many threads as OpenMP
     # likes, and round by their number.
     assert torch.get_num_threads()
-    pairs = pairs_of(expert_ids, expert_weights, weights.first, weights.num_experts)
-    values = torch.zeros(pairs.rows.numel(), hidden.shape[1], dtype=torch.float32)
-    gate_up = weights.gate_up
+    gate_up, down = weights.gate_up, weights.down
     if isinstance(gate_up, RotatedMatrices):  # once, however many groups there are
         gate_up, hidden = gate_up.inner, rotate(hidden)
+    partial = partial_of_few(hidden, expert_ids, expert_weights, weights, spent)
+    if partial is not None:
+        return partial
+    pairs = pairs_of(expert_ids, expert_weights, weights.first, weights.num_experts)
+    values = torch.zeros(pairs.rows.numel(), hidden.shape[1], dtype=torch.float32)
     begin = 0
-    for experts in groups(pairs.counts, pair_bytes=_pair_bytes(weights.down, hidden.dtype)):
+    for experts in groups(pairs.counts, pair_bytes=_pair_bytes(down, hidden.dtype)):
         runs = _runs(experts, pairs.counts, pairs.token[begin:], spent)
         part = slice(begin, begin + len(runs.index))
-        to = (pairs.weight[part], pairs.slot[part], values)
-        if not add_experts(hidden, gate_up, weights.down, runs, *to):
-            combine(_results(hidden, gate_up, weights.down, runs), *to)
+        results = _results(hidden, gate_up, down, runs)
+        combine(results, pairs.weight[part], pairs.slot[part], values)
         begin = part.stop
     return pairs.rows, values
 
@@ -56,15 +58,12 @@ def _results(
 
 def _pair_bytes(down: ExpertMatrices, dtype: torch.dtype) -> int:
     """Held at a time: gate, up and as much again, or what they are made of; or a result, as float32
-    too, and a copy; or what rotates the inputs of down; or in one call all of gate, up, inner row,
-    as laid out for down too, and result. Products with tiles round runs up to 16 rows, which is not
-    counted."""
+    too, and a copy; or what rotates the inputs of down. Products with tiles round runs up to 16
+    rows, which is not counted."""
     width, inner = down.shape
     inputs = (2 * inner + width) * dtype.itemsize
     rotated = 18 * inner if isinstance(down, RotatedMatrices) else 0
-    in_one = 10 * inner + 2 * width
-    in_turn = max(4 * inner * dtype.itemsize, inputs, width * (dtype.itemsize + 4 + 4))
-    return max(in_turn, rotated, in_one)
+    return max(4 * inner * dtype.itemsize, inputs, width * (dtype.itemsize + 4 + 4), rotated)
 
 
 def _runs(

@@ -1,4 +1,4 @@
-"""Whole experts of few low-precision rows on a CPU, in one call.
+"""A shard's partial of few rows on a CPU, in one call.
 
 With a token or a few, an expert's matrices are read in less than a millisecond: what passes between
 one product and the next, in Python and until threads have woken up, is a good share of that.
@@ -7,55 +7,95 @@ one product and the next, in Python and until threads have woken up, is a good s
 from __future__ import annotations
 
 import ctypes
+import weakref
+from dataclasses import dataclass
 
 import torch
 
 from chiasm.kernels import dense, native
-from chiasm.kernels.quant.cpu import Runs, most_rows, stack_of
-from chiasm.kernels.quant.formats import DenseMatrices, ExpertMatrices
+from chiasm.kernels.moe import scratch
+from chiasm.kernels.moe.reference import ShardWeights
+from chiasm.kernels.quant.cpu import most_rows, stack_of
+from chiasm.kernels.quant.formats import ExpertMatrices
+from chiasm.kernels.quant.hadamard import RotatedMatrices
 
 
-def add_experts(
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of an expert's two matrices, as C++ wants them told."""
+
+    matrices: ExpertMatrices
+    stack: dense.Stack
+
+    def most_rows(self, hidden: torch.Tensor) -> int:
+        """Of one expert, up to which they are few."""
+        return most_rows(self.matrices, self.stack, hidden)
+
+
+_known: weakref.WeakKeyDictionary[ShardWeights, tuple[_Side, _Side] | None] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def partial_of_few(
     hidden: torch.Tensor,
-    gate_up: ExpertMatrices,
-    down: ExpertMatrices,
-    runs: Runs,
-    weight: torch.Tensor,
-    slot: torch.Tensor,
-    values: torch.Tensor,
-) -> bool:
-    """Adds weight[i] * down(silu(gate(x)) * up(x)) to row slot[i] of values, x = hidden[index[i]],
-    for every pair i of the runs, by ascending i. Returns False, and does nothing, where the runs or
-    the matrices are not what the compiled code takes. Raises ValueError when those that it takes do
-    not fit each other.
-
-    hidden: [T, H]. weight: float32 [P]. slot: int64 [P]. values: float32 [N, H].
-    """
-    longest = max(end - begin for begin, end in zip(runs.begin, runs.end, strict=True))
-    first, second = (_stack(matrices, hidden, longest) for matrices in (gate_up, down))
-    if first is None or second is None:
-        return False
-    if hidden.shape[1] != gate_up.shape[1] or gate_up.shape[0] != 2 * down.shape[1]:
-        raise ValueError(f"rows of {hidden.shape[1]} for {gate_up.shape}, then {down.shape}")
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    weights: ShardWeights,
+    spent: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As kernels.moe.shard_partial, of rows that are rotated where gate and up are; None where the
+    rows or the matrices are not what the compiled code takes. Raises ValueError when those that it
+    takes do not fit each other."""
+    if weights not in _known:
+        _known[weights] = _sides(weights)
+    sides, (num_tokens, k), width = _known[weights], expert_ids.shape, hidden.shape[1]
+    if sides is None or hidden.dtype is not torch.bfloat16:
+        return None
+    gate_up, down = sides
+    is_bounded = num_tokens * k * _pair_bytes(down.stack) <= scratch.SCRATCH_BYTES
+    most = min(gate_up.most_rows(hidden), down.most_rows(hidden)) if is_bounded else 0
+    if not most:
+        return None
+    if width != gate_up.stack.k:
+        raise ValueError(f"rows of {width} for matrices of {gate_up.stack.k} columns")
     library = native.library()
-    assert library is not None  # or no run would have been of few rows
-    x, index = hidden.contiguous(), runs.index.contiguous()
-    library.chiasm_experts(
-        ctypes.byref(first),
-        ctypes.byref(second),
+    assert library is not None  # or no rows were few
+    library.chiasm_experts.restype = ctypes.c_int64
+    x, share = hidden.contiguous(), expert_weights.float().contiguous()
+    ids = expert_ids.to(torch.int32).contiguous()
+    rows = torch.empty(num_tokens, dtype=torch.int32)
+    values = torch.empty(num_tokens, down.stack.n)
+    num_rows = library.chiasm_experts(
+        ctypes.byref(gate_up.stack),
+        ctypes.byref(down.stack),
         dense.pointer(x),
-        ctypes.c_int64(x.shape[0]),
-        ctypes.c_int32(len(runs.experts)),
-        *dense.lists(list(zip(runs.experts, runs.begin, runs.end, strict=True))),
-        *map(dense.pointer, (index, runs.spent, weight, slot, values)),
+        ctypes.c_int64(num_tokens),
+        *map(dense.pointer, (ids, share)),
+        ctypes.c_int64(k),
+        ctypes.c_int32(weights.first),
+        ctypes.c_int32(weights.num_experts),
+        ctypes.c_int64(most),
+        *map(dense.pointer, (spent, rows, values)),
         torch.get_num_threads(),
     )
-    return True
-
-
-def _stack(matrices: ExpertMatrices, hidden: torch.Tensor, longest: int) -> dense.Stack | None:
-    """None for what is multiplied in another way. longest: rows of the longest run."""
-    if isinstance(matrices, DenseMatrices) or hidden.dtype is not torch.bfloat16:
+    if num_rows < 0:
         return None
-    stack = stack_of(matrices)
-    return stack if longest <= most_rows(matrices, stack, hidden) else None
+    return (rows, values) if num_rows == num_tokens else (rows[:num_rows], values[:num_rows])
+
+
+def _sides(weights: ShardWeights) -> tuple[_Side, _Side] | None:
+    gate_up, down = weights.gate_up, weights.down
+    if isinstance(gate_up, RotatedMatrices):
+        gate_up = gate_up.inner
+    upper, lower = stack_of(gate_up), stack_of(down)
+    if upper is None or lower is None:
+        return None
+    if upper.n != 2 * lower.k:
+        raise ValueError(f"matrices of {upper.n} rows, then of {lower.k} columns")
+    return _Side(gate_up, upper), _Side(down, lower)
+
+
+def _pair_bytes(down: dense.Stack) -> int:
+    """Held for each pair: gate, up, inner row, as laid out for down too, and result."""
+    return 10 * int(down.k) + 2 * int(down.n)

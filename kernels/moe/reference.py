@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from chiasm.kernels.quant.formats import ExpertMatrices
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False, kw_only=True)
 class ShardWeights:
     """Weights of one layer's experts [first, first + E_s) of a bank.
 

@@ -134,18 +134,26 @@ struct Rows {
   const uint8_t* codes;
   int64_t stride;
 
+  // Those that a row has all codes of.
+  int64_t whole_groups() const { return stride / group_bytes; }
+
   INLINE Codes group(int64_t j, int64_t g) const {
     const uint8_t* at = codes + j * stride + g * group_bytes;
     if constexpr (F != TCQ2)  // whose levels are in the cache
       for (int line = 0; line < group_bytes; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(at + line + AHEAD), _MM_HINT_T0);
-    const int64_t left = stride - g * group_bytes;
-    uint8_t edge[group_bytes];
-    if (left < group_bytes) {  // nothing is read that is not there
-      std::memset(edge, 0, group_bytes);
-      std::memcpy(edge, at, left);
-      at = edge;
-    }
+    return read(at);
+  }
+
+  // The group behind those, with zeros: nothing is read that is not there.
+  INLINE Codes rest(int64_t j) const {
+    const int64_t first = whole_groups() * group_bytes;
+    uint8_t edge[group_bytes] = {};
+    std::memcpy(edge, codes + j * stride + first, stride - first);
+    return read(edge);
+  }
+
+  static INLINE Codes read(const void* at) {
     Codes found;
     F == INT4 ? found.of_nibbles(at) : found.of_bytes(at);
     return found;
@@ -207,24 +215,32 @@ INLINE void store4(__m128 values, uint16_t* out) {
 template <int F, int M>
 INLINE void product(
     const Rows<F>& rows, int64_t j, const Laid<F>& x, const int64_t* first, Wide* out) {
-  const int64_t groups = x.groups;
+  const int64_t whole = rows.whole_groups();
   Wide total[M];
   for (auto& lanes : total) lanes = wide(0);
   // The products with group g, times what `unit` gives for each row of x.
-  const auto add_group = [&](int64_t g, const auto& unit) {
-    const Codes codes = rows.group(j, g);
+  const auto add_group = [&](const Codes& codes, int64_t g, const auto& unit) {
     for (int m = 0; m < M; ++m) {
-      const Wide whole = _mm256_cvtepi32_ps(codes.dot(x.whole + (first[m] + g) * GROUP));
-      total[m] = multiply_add(whole, unit(m), total[m]);
+      const Wide exact = _mm256_cvtepi32_ps(codes.dot(x.whole + (first[m] + g) * GROUP));
+      total[m] = multiply_add(exact, unit(m), total[m]);
     }
+  };
+  const auto add_single = [&](const Codes& codes, int64_t g) {
+    const float unit = rows.unit(j, g);
+    add_group(codes, g, [&](int m) { return wide(unit * x.scale[first[m] + g]); });
+    if constexpr (F == INT4)
+      for (int m = 0; m < M; ++m) {
+        const __m128 offset = _mm_set_ss(rows.offset(j, g, unit) * x.sum[first[m] + g]);
+        total[m] = add(total[m], _mm256_zextps128_ps256(offset));
+      }
   };
   rows.fetch_scales(j);
   int64_t g = 0;
   if constexpr (F == INT4) {
     __m128 zeros[M];
     for (auto& lanes : zeros) lanes = _mm_setzero_ps();
-    for (; g + 4 <= groups; g += 4) {
-      const int64_t place = (rows.first + j) * groups + g;
+    for (; g + 4 <= whole; g += 4) {
+      const int64_t place = (rows.first + j) * x.groups + g;
       const __m128 units = four(static_cast<const uint16_t*>(rows.s.scale) + place);
       const __m128 offsets = _mm_fnmadd_ps(
           _mm_set1_ps(8), units, four(static_cast<const uint16_t*>(rows.s.aux) + place));
@@ -235,21 +251,14 @@ INLINE void product(
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
-        add_group(g + i, [&](int m) {
+        add_group(rows.group(j, g + i), g + i, [&](int m) {
           return _mm256_permutevar8x32_ps(own[m], _mm256_set1_epi32(i));
         });
     }
     for (int m = 0; m < M; ++m) total[m] = add(total[m], _mm256_zextps128_ps256(zeros[m]));
   }
-  for (; g < groups; ++g) {
-    const float unit = rows.unit(j, g);
-    add_group(g, [&](int m) { return wide(unit * x.scale[first[m] + g]); });
-    if constexpr (F == INT4)
-      for (int m = 0; m < M; ++m) {
-        const __m128 offset = _mm_set_ss(rows.offset(j, g, unit) * x.sum[first[m] + g]);
-        total[m] = add(total[m], _mm256_zextps128_ps256(offset));
-      }
-  }
+  for (; g < whole; ++g) add_single(rows.group(j, g), g);
+  if (g < x.groups) add_single(rows.rest(j), g);
   std::copy(total, total + M, out);
 }
 

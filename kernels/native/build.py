@@ -26,6 +26,7 @@ SOURCES = (
     "attention.cpp",
     "decode.cpp",
     "dense.cpp",
+    "experts.cpp",
     "linear.cpp",
     "pairs.cpp",
     "swiglu.cpp",
@@ -40,6 +41,8 @@ HEADERS = (
     "generic.h",
     "laid.h",
     "lanes.h",
+    "pairs.h",
+    "product.h",
     "swiglu.h",
     "wide.h",
 )

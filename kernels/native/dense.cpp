@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "clock.h"
-#include "formats.h"
+#include "product.h"
 #include "wide.h"
 
 namespace {
@@ -129,8 +129,6 @@ void product(const uint16_t* weight, int64_t k, const float* const* x, uint16_t*
 
 #if LANES
 
-constexpr int64_t CHUNK = 32;  // rows of a matrix that a thread takes at a time
-
 // As many rows of the matrix at a time as registers suffice for.
 template <int M>
 void rows(
@@ -142,57 +140,83 @@ void rows(
   for (; j < count; ++j) product<1, M>(weight + j * k, k, x, out + j, n);
 }
 
-#endif
+struct Dense : Task {
+  const Stack& s;
+  int64_t num_rows;
+  Runs runs;
+  uint16_t* out;
+  Laid laid;
 
-}  // namespace
+  Dense(const Stack& s, const uint16_t* x, int64_t num_rows, const Runs& runs, uint16_t* out)
+      : s(s), num_rows(num_rows), runs(runs), out(out), laid(x, num_rows, s.k) {}
 
-extern "C" {
-
-#if LANES
-// As chiasm_linear, of weight [.., n, k] bfloat16; only where chiasm_has_bfloat16.
-void chiasm_dense(
-    const uint16_t* weight, int64_t n, int64_t k, const uint16_t* x, int64_t num_rows,
-    int32_t num_runs, const int32_t* expert, const int32_t* begin, const int32_t* end,
-    const int32_t* index, int64_t* spent, uint16_t* out, int threads) {
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-  int64_t rows_of_all = 0;
-  for (int32_t r = 0; r < num_runs; ++r) rows_of_all += end[r] - begin[r];
-  const Laid laid(x, num_rows, k);
-#pragma omp parallel num_threads(worth(rows_of_all * n * k, threads))
-  {
+  void work() const override {
     if (Laid::is_filled) {  // without a need threads do not wait for each other
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < num_rows; ++i) laid.fill(i);
     }
+    const int64_t chunk = chunk_rows(s, runs.count), chunks = (s.n + chunk - 1) / chunk;
     // Dynamic: a core may be another process's for a while, and its share must not wait for it.
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < num_runs * chunks; ++item) {
-      const int64_t run = item / chunks, first = item % chunks * CHUNK;
-      const int64_t count = std::min(CHUNK, n - first);
-      const uint16_t* held = weight + (expert[run] * n + first) * k;
-      const Clock clock(spent, expert[run]);
-      for (int64_t i = begin[run]; i < end[run];) {
-        const int64_t left = end[run] - i;
-        const Laid::Value* given[4];
-        for (int m = 0; m < std::min<int64_t>(left, 4); ++m) given[m] = laid.row(index[i + m]);
-        uint16_t* to = out + i * n + first;
-        if (left >= 4) {
-          rows<4>(held, count, k, given, to, n);
-          i += 4;
-        } else if (left >= 2) {
-          rows<2>(held, count, k, given, to, n);
-          i += 2;
-        } else {
-          rows<1>(held, count, k, given, to, n);
-          i += 1;
-        }
+    for (int64_t item = 0; item < runs.count * chunks; ++item) {
+      const int64_t run = item / chunks;
+      const Clock clock(runs.spent, runs.expert[run]);
+      multiply(run, item % chunks * chunk, chunk);
+    }
+  }
+
+  // The rows of one run times up to `chunk` rows of its matrix.
+  void multiply(int64_t run, int64_t first, int64_t chunk) const {
+    const int64_t n = s.n, k = s.k, count = std::min(chunk, n - first);
+    const auto* weight = reinterpret_cast<const uint16_t*>(s.codes);
+    const uint16_t* held = weight + (runs.expert[run] * n + first) * k;
+    for (int64_t i = runs.begin[run]; i < runs.end[run];) {
+      const int64_t left = runs.end[run] - i;
+      const Laid::Value* given[4];
+      for (int m = 0; m < std::min<int64_t>(left, 4); ++m) given[m] = laid.row(runs.index[i + m]);
+      uint16_t* to = out + i * n + first;
+      if (left >= 4) {
+        rows<4>(held, count, k, given, to, n);
+        i += 4;
+      } else if (left >= 2) {
+        rows<2>(held, count, k, given, to, n);
+        i += 2;
+      } else {
+        rows<1>(held, count, k, given, to, n);
+        i += 1;
       }
     }
   }
+};
+
+#endif
+
+}  // namespace
+
+#if LANES
+std::unique_ptr<Task> dense_product(
+    const Stack& s, const uint16_t* x, int64_t num_rows, const Runs& runs, uint16_t* out) {
+  return std::unique_ptr<Task>(new Dense(s, x, num_rows, runs, out));
+}
+#else
+std::unique_ptr<Task> dense_product(
+    const Stack&, const uint16_t*, int64_t, const Runs&, uint16_t*) {
+  return nullptr;  // nobody asks: chiasm_has_bfloat16
+}
+#endif
+
+extern "C" {
+
+// As chiasm_linear, of bfloat16 matrices; only where chiasm_has_bfloat16.
+void chiasm_dense(
+    const Stack* s, const uint16_t* x, int64_t num_rows, int32_t num_runs, const int32_t* expert,
+    const int32_t* begin, const int32_t* end, const int32_t* index, int64_t* spent, uint16_t* out,
+    int threads) {
+  const Runs runs{num_runs, expert, begin, end, index, spent};
+  const auto made = dense_product(*s, x, num_rows, runs, out);
+#pragma omp parallel num_threads(worth(runs.rows() * s->n * s->k, threads))
+  made->work();
 }
 
-int chiasm_has_bfloat16() { return 1; }
-#else
-int chiasm_has_bfloat16() { return 0; }
-#endif
+int chiasm_has_bfloat16() { return LANES != 0; }
 }

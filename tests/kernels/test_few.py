@@ -1,6 +1,8 @@
-"""Whole experts of few low-precision rows in one call: the bits of one product after another."""
+"""Whole experts of few rows in one call: the bits of one product after another."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +11,21 @@ from quant.matrices import FORMATS
 from chiasm.kernels import dense as products
 from chiasm.kernels import native
 from chiasm.kernels.moe import ShardWeights, cpu, few, reference, shard_partial
+from chiasm.kernels.quant.cpu import most_rows, stack_of
 from chiasm.kernels.quant.formats import DenseMatrices
 from chiasm.kernels.quant.hadamard import RotatedMatrices
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a compiler")
 FIRST, EXPERTS, TOP_K = 3, 9, 3
 BFLOAT16_RATIO = 0.02
+
+
+def bfloat16(experts: int, n: int, k: int, seed: int = 0) -> DenseMatrices:
+    g = torch.Generator().manual_seed(seed)
+    return DenseMatrices(torch.randn(experts, n, k, generator=g).bfloat16())
+
+
+MADE = {**FORMATS, "bfloat16": bfloat16}
 
 
 def dispatch(num_tokens: int, hidden: int, *, num_experts: int = 16) -> list[torch.Tensor]:
@@ -31,22 +42,23 @@ def dispatch(num_tokens: int, hidden: int, *, num_experts: int = 16) -> list[tor
 def shard(gate_up: str, down: str, hidden: int, width: int) -> ShardWeights:
     return ShardWeights(
         first=FIRST,
-        gate_up=FORMATS[gate_up](EXPERTS, 2 * width, hidden, seed=1),
-        down=FORMATS[down](EXPERTS, hidden, width, seed=2),
+        gate_up=MADE[gate_up](EXPERTS, 2 * width, hidden, seed=1),
+        down=MADE[down](EXPERTS, hidden, width, seed=2),
     )
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each group of experts was computed in one call."""
+    """Whether each partial was computed in one call."""
     found: list[bool] = []
-    add = few.add_experts
+    ask = few.partial_of_few
 
-    def spy(*given: object) -> bool:
-        found.append(add(*given))  # type: ignore[arg-type]
-        return found[-1]
+    def spy(*given: object) -> object:
+        partial = ask(*given)  # type: ignore[arg-type]
+        found.append(partial is not None)
+        return partial
 
-    monkeypatch.setattr(cpu, "add_experts", spy)
+    monkeypatch.setattr(cpu, "partial_of_few", spy)
     return found
 
 
@@ -55,7 +67,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 8])
 @pytest.mark.parametrize(("hidden", "width"), [(128, 64), (384, 140), (132, 512), (1024, 700)])
 @pytest.mark.parametrize(
-    ("gate_up", "down"), [("int8", "int8"), ("int4", "int4"), ("tcq2", "tcq2"), ("int4", "tcq2")]
+    ("gate_up", "down"),
+    [
+        *((name, name) for name in ("int8", "int4", "tcq2", "bfloat16")),
+        ("int4", "tcq2"),
+        ("bfloat16", "int8"),
+    ],
 )
 def test_has_the_bits_of_one_product_after_another(
     gate_up: str,
@@ -74,15 +91,18 @@ def test_has_the_bits_of_one_product_after_another(
         rows, values = shard_partial(*given, weights)
     finally:
         torch.set_num_threads(before)
-    assert taken == [True]
-    monkeypatch.setattr(cpu, "add_experts", lambda *_: False)
+    matrices = (weights.gate_up, weights.down)
+    most = min(most_rows(m, stack_of(m), given[0]) for m in matrices)
+    longest = torch.bincount(given[1].flatten())[FIRST : FIRST + EXPERTS].max()
+    assert taken == [bool(longest <= most)]
+    monkeypatch.setattr(cpu, "partial_of_few", lambda *_: None)
     expected_rows, expected = shard_partial(*given, weights)
     assert torch.equal(rows, expected_rows)
     assert torch.equal(values, expected)
     assert values.abs().sum() > 0
 
 
-@pytest.mark.parametrize("case", ["float32", "bfloat16 matrices", "rotated", "many rows"])
+@pytest.mark.parametrize("case", ["float32", "float32 matrices", "rotated", "many rows"])
 def test_leaves_the_rest_alone(
     case: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,14 +110,11 @@ def test_leaves_the_rest_alone(
     weights, given = shard("int4", "int4", 128, 128), dispatch(2, 128)
     if case == "float32":
         given[0] = given[0].float()
-    elif case == "bfloat16 matrices":
-        dense = [
-            DenseMatrices(torch.randn(EXPERTS, *s).bfloat16()) for s in ((256, 128), (128, 128))
-        ]
-        weights = ShardWeights(first=FIRST, gate_up=dense[0], down=dense[1])
+    elif case == "float32 matrices":
+        down = DenseMatrices(torch.randn(EXPERTS, 128, 128))
+        weights, given[0] = replace(weights, down=down), given[0].float()
     elif case == "rotated":
-        down = FORMATS["tcq2"](EXPERTS, 128, 128)
-        weights = ShardWeights(first=FIRST, gate_up=weights.gate_up, down=RotatedMatrices(down))
+        weights = replace(weights, down=RotatedMatrices(FORMATS["tcq2"](EXPERTS, 128, 128)))
     else:
         given = dispatch(200, 128)
     found = shard_partial(*given, weights)
@@ -112,10 +129,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for hidden in (64, 256):
         with pytest.raises(ValueError, match=f"rows of {hidden}"):
             shard_partial(*dispatch(1, hidden), weights)
-    wide = ShardWeights(
-        first=FIRST, gate_up=weights.gate_up, down=shard("int8", "int8", 128, 32).down
-    )
-    with pytest.raises(ValueError, match="rows of 128"):
+    wide = replace(weights, down=shard("int8", "int8", 128, 32).down)
+    with pytest.raises(ValueError, match="of 128 rows, then of 32"):
         shard_partial(*dispatch(1, 128), wide)
 
 
@@ -123,5 +138,5 @@ def test_tokens_of_other_shards_alone(taken: list[bool]) -> None:
     rows, values = shard_partial(
         *dispatch(4, 128, num_experts=FIRST), shard("int8", "int8", 128, 64)
     )
-    assert not taken
+    assert taken == [True]
     assert (len(rows), values.shape) == (0, (0, 128))
