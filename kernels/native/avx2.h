@@ -41,6 +41,9 @@ struct Table {
 
   // The levels of a row of so many bytes of codes.
   void operator()(const uint8_t* codes, int64_t bytes, uint8_t* out) const {
+    const auto of = [four = windows->four](uint64_t window) -> uint64_t {
+      return four[window & (Windows::COUNT - 1)];
+    };
     uint64_t window = 0;
     int64_t i = 0;
     for (; i + 4 <= bytes; i += 4, out += 16) {
@@ -57,8 +60,6 @@ struct Table {
       std::memcpy(out, &levels, 4);
     }
   }
-
-  INLINE uint64_t of(uint64_t window) const { return windows->four[window & (Windows::COUNT - 1)]; }
 };
 
 // A group's codes of one row of a matrix, in the order in which Laid has the values of x.
