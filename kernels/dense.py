@@ -47,7 +47,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     bfloat16 rows on a CPU, unless there are many or there is a bias, and torch is as fast, take
     kernels/native/dense.cpp or tiles.cpp, but for when gradients are recorded.
     """
-    is_torchs = torch.is_grad_enabled() or x.dim() != 2
+    is_torchs = torch.is_grad_enabled() or x.dim() != 2 or x.shape[1] != weight.shape[1]
     if is_torchs or (bias is not None and torch_has_bfloat16()):
         return F.linear(x, weight, bias)
     few = few_rows(x, weight)
@@ -65,11 +65,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
-    """Rows up to which `multiply` is worth its while; 0 where it does not take x and weight."""
+    """Rows up to which `multiply` is worth its while; 0 where it does not take the like of x, or
+    weight."""
     is_readable = (
         x.dtype is torch.bfloat16 is weight.dtype
         and x.device.type == weight.device.type == "cpu"
-        and x.shape[-1] == weight.shape[-1]
         and weight.is_contiguous()
         and native.has_bfloat16()
     )

@@ -45,11 +45,13 @@ def partial_of_few(
     spent: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """As kernels.moe.shard_partial, of rows that are rotated where gate and up are; None where the
-    rows or the matrices are not what the compiled code takes. Raises ValueError when those that it
-    takes do not fit each other."""
+    rows or the matrices are not what the compiled code takes.
+
+    Raises ValueError when what it takes does not fit together: nothing is read that is not there.
+    """
     if weights not in _known:
         _known[weights] = _sides(weights)
-    sides, (num_tokens, k), width = _known[weights], expert_ids.shape, hidden.shape[1]
+    sides, (num_tokens, k) = _known[weights], expert_ids.shape
     if sides is None or hidden.dtype is not torch.bfloat16:
         return None
     gate_up, down = sides
@@ -57,8 +59,9 @@ def partial_of_few(
     most = min(gate_up.most_rows(hidden), down.most_rows(hidden)) if is_bounded else 0
     if not most:
         return None
-    if width != gate_up.stack.k:
-        raise ValueError(f"rows of {width} for matrices of {gate_up.stack.k} columns")
+    shapes = hidden.shape, expert_ids.shape, expert_weights.shape
+    if shapes != ((num_tokens, gate_up.stack.k), (num_tokens, k), (num_tokens, k)):
+        raise ValueError(f"{[*map(tuple, shapes)]} for matrices of {gate_up.stack.k} columns")
     library = native.library()
     assert library is not None  # or no rows were few
     library.chiasm_experts.restype = ctypes.c_int64

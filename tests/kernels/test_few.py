@@ -93,6 +93,8 @@ def test_has_the_bits_of_one_product_after_another(
         torch.set_num_threads(before)
     matrices = (weights.gate_up, weights.down)
     most = min(most_rows(m, stack_of(m), given[0]) for m in matrices)
+    is_dense = any(isinstance(m, DenseMatrices) for m in matrices)
+    assert bool(most) == (native.has_bfloat16() or not is_dense)
     longest = torch.bincount(given[1].flatten())[FIRST : FIRST + EXPERTS].max()
     assert taken == [bool(longest <= most)]
     monkeypatch.setattr(cpu, "partial_of_few", lambda *_: None)
@@ -127,8 +129,12 @@ def test_leaves_the_rest_alone(
 def test_what_does_not_fit_is_refused() -> None:
     weights = shard("int8", "int8", 128, 64)
     for hidden in (64, 256):
-        with pytest.raises(ValueError, match=f"rows of {hidden}"):
+        with pytest.raises(ValueError, match=f"1, {hidden}.* of 128 columns"):
             shard_partial(*dispatch(1, hidden), weights)
+    x, ids, share = dispatch(3, 128)
+    for cut in ((x[:2], ids, share), (x, ids, share[:2]), (x, ids, share[:, :2])):
+        with pytest.raises(ValueError, match="of 128 columns"):
+            shard_partial(*cut, weights)
     wide = replace(weights, down=shard("int8", "int8", 128, 32).down)
     with pytest.raises(ValueError, match="of 128 rows, then of 32"):
         shard_partial(*dispatch(1, 128), wide)
