@@ -210,7 +210,7 @@ class Pod(threading.Thread):
 
     def _serve(self) -> None:
         while not self._deleted.is_set():
-            if (child := self._started()) is None:
+            if (child := self._process()) is None:
                 return
             self.child, failures = child, FAILURES
             address, service = self._probe
@@ -226,7 +226,7 @@ class Pod(threading.Thread):
             self._deleted.wait(RESTART_S)
 
     def _run_once(self) -> None:
-        if (child := self._started()) is None:
+        if (child := self._process()) is None:
             return
         self.child = child
         self._tell("Running", ready=True)
@@ -236,7 +236,7 @@ class Pod(threading.Thread):
             child.end(max(1.0, self._grace_s))
         self._tell("Failed" if child.exit_code else "Succeeded", ready=False)
 
-    def _started(self) -> Child | None:
+    def _process(self) -> Child | None:
         """The process, for which the API server is waited for; None when the pod is deleted."""
         while not self._deleted.is_set():
             with contextlib.suppress(client.ApiException, urllib3.exceptions.HTTPError):
