@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from chiasm.kernels import native
 
 MAX_FEW_ROWS = 4
-"""Rows of x with which a bfloat16 matrix is read by `chiasm_dense`, where torch has bfloat16."""
+"""Rows of x with which a bfloat16 matrix is read by `chiasm_linear`, where torch has bfloat16."""
 
 MAX_UNTILED_ROWS = 2
 """The same, where the processor has tiles."""
@@ -57,10 +57,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
     runs, index = _all_rows(x.shape[0])
-    if x.shape[0] <= few:
-        multiply(x, weight, runs, index, out)
-    else:
-        multiply_by_tiles(stack(weight), x, runs, index, out)
+    take = multiply if x.shape[0] <= few else multiply_by_tiles
+    take(stack(weight), x, runs, index, out)
     return out if bias is None else out.add_(bias)
 
 
@@ -87,21 +85,21 @@ def torch_has_bfloat16() -> bool:
 
 
 def multiply(
+    stack: Stack,
     x: torch.Tensor,
-    weight: torch.Tensor,
     lists: Lists,
     index: torch.Tensor,
     out: torch.Tensor,
     spent: torch.Tensor | None = None,
 ) -> None:
-    """Runs of few rows of x through the matrices of weight [.., N, K]: `chiasm_dense`.
+    """Runs of few rows of x through the matrices of a stack of any format: `chiasm_linear`.
 
-    index: int32. spent: as of `Runs`. All tensors are contiguous.
+    x: bfloat16. index: int32. spent: as of `Runs`. All tensors are contiguous.
     """
     library = native.library()
-    assert library is not None  # or it had no bfloat16
-    library.chiasm_dense(
-        ctypes.byref(stack(weight)),
+    assert library is not None  # or no rows were few
+    library.chiasm_linear(
+        ctypes.byref(stack),
         pointer(x),
         ctypes.c_int64(x.shape[0]),
         ctypes.c_int32(len(lists[0])),

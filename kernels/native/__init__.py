@@ -9,7 +9,7 @@ __all__ = ["has_bfloat16", "has_tiles", "lanes", "library"]
 
 
 def has_bfloat16() -> bool:
-    """Whether `chiasm_dense` and `chiasm_attend` were compiled."""
+    """Whether `chiasm_attend`, and products of bfloat16 matrices, were compiled."""
     return bool(_asked(library(), "chiasm_has_bfloat16"))
 
 

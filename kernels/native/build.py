@@ -29,6 +29,7 @@ SOURCES = (
     "experts.cpp",
     "linear.cpp",
     "pairs.cpp",
+    "product.cpp",
     "swiglu.cpp",
     "tiles.cpp",
     "viterbi.cpp",

@@ -207,16 +207,6 @@ std::unique_ptr<Task> dense_product(
 
 extern "C" {
 
-// As chiasm_linear, of bfloat16 matrices; only where chiasm_has_bfloat16.
-void chiasm_dense(
-    const Stack* s, const uint16_t* x, int64_t num_rows, int32_t num_runs, const int32_t* expert,
-    const int32_t* begin, const int32_t* end, const int32_t* index, int64_t* spent, uint16_t* out,
-    int threads) {
-  const Runs runs{num_runs, expert, begin, end, index, spent};
-  const auto made = dense_product(*s, x, num_rows, runs, out);
-#pragma omp parallel num_threads(worth(runs.rows() * s->n * s->k, threads))
-  made->work();
-}
-
+// Whether there are products of bfloat16 matrices.
 int chiasm_has_bfloat16() { return LANES != 0; }
 }

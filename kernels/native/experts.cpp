@@ -42,12 +42,6 @@ struct Pairs {
   }
 };
 
-std::unique_ptr<Task> product(
-    const Stack& s, const uint16_t* x, int64_t num_rows, const Runs& runs, uint16_t* out) {
-  const auto make = s.format == DENSE ? dense_product : coded_product;
-  return make(s, x, num_rows, runs, out);
-}
-
 // Row r of `values`: weight[i] times row i of `results` for all i with slot[i] = r, by ascending i.
 void combine(const uint16_t* results, int64_t width, const Pairs& pairs, float* values) {
 #pragma omp for schedule(static)
@@ -75,7 +69,8 @@ int64_t chiasm_experts(
     const int32_t* ids, const float* weights, int64_t k, int32_t first, int32_t num_experts,
     int64_t most, int64_t* spent, int32_t* rows, float* values, int threads) {
   const Pairs pairs(ids, weights, num_tokens, k, first, num_experts, rows);
-  if (!pairs.count || pairs.longest > most) return pairs.count ? -1 : 0;
+  if (pairs.longest > most) return -1;
+  if (!pairs.count) return 0;
   const int64_t width = down->k, out = down->n;
   using Values = std::unique_ptr<uint16_t[]>;  // not a vector, which would be set to zero first
   const Values both(new uint16_t[pairs.count * 2 * width]), inner(new uint16_t[pairs.count * width]),

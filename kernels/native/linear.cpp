@@ -83,18 +83,6 @@ std::unique_ptr<Task> coded_product(
 
 extern "C" {
 
-// `coded_product` by so many threads, or fewer. What time each expert takes is added to spent, unless
-// that is null.
-void chiasm_linear(
-    const Stack* s, const uint16_t* x, int64_t num_rows, int32_t num_runs, const int32_t* expert,
-    const int32_t* begin, const int32_t* end, const int32_t* index, int64_t* spent, uint16_t* out,
-    int threads) {
-  const Runs runs{num_runs, expert, begin, end, index, spent};
-  const auto made = coded_product(*s, x, num_rows, runs, out);
-#pragma omp parallel num_threads(worth(runs.rows() * s->n * s->k, threads))
-  made->work();
-}
-
 // The bits of the registers that the products are written for; 0: what the compiler makes of it.
 int chiasm_lanes() { return LANES; }
 }

@@ -35,7 +35,12 @@ inline int64_t chunk_rows(const Stack& s, int64_t num_matrices) {
 }
 
 // Row i of out [.., n] = row index[i] of x [num_rows, k] times a matrix transposed: that of expert[r]
-// for i in [begin[r], end[r]); rows of no run are left alone. x and out are bfloat16.
+// for i in [begin[r], end[r]); rows of no run are left alone. x and out are bfloat16. Matrices of any
+// format; bfloat16 ones only where chiasm_has_bfloat16.
+std::unique_ptr<Task> product(
+    const Stack& s, const uint16_t* x, int64_t num_rows, const Runs& runs, uint16_t* out);
+
+// Its two kinds.
 std::unique_ptr<Task> dense_product(
     const Stack& s, const uint16_t* x, int64_t num_rows, const Runs& runs, uint16_t* out);
 std::unique_ptr<Task> coded_product(

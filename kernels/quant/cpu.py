@@ -93,7 +93,8 @@ def grouped_linear(matrices: ExpertMatrices, x: torch.Tensor, runs: Runs) -> tor
     if few:
         if many:
             x, index = _only_read(x, index, few)
-        _multiply(matrices, stack, x.contiguous(), dense.lists(few), index, out, runs.spent)
+        assert stack is not None  # or no run was of few rows
+        dense.multiply(stack, x.contiguous(), dense.lists(few), index, out, runs.spent)
     return out
 
 
@@ -130,33 +131,6 @@ def _only_read(
         is_read[index[begin:end]] = True
     place = is_read.cumsum(0, dtype=torch.int32) - 1
     return x[is_read], place[index]
-
-
-def _multiply(
-    matrices: ExpertMatrices,
-    stack: dense.Stack | None,
-    x: torch.Tensor,
-    lists: dense.Lists,
-    index: torch.Tensor,
-    out: torch.Tensor,
-    spent: torch.Tensor | None,
-) -> None:
-    """The runs of few rows."""
-    if isinstance(matrices, DenseMatrices):
-        dense.multiply(x, matrices.weight, lists, index, out, spent)
-        return
-    library = native.library()
-    assert library is not None  # or no run would have been of few rows
-    assert stack is not None
-    library.chiasm_linear(
-        ctypes.byref(stack),
-        dense.pointer(x),
-        ctypes.c_int64(x.shape[0]),
-        ctypes.c_int32(len(lists[0])),
-        *lists,
-        *map(dense.pointer, (index, spent, out)),
-        torch.get_num_threads(),
-    )
 
 
 def widened(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> torch.Tensor:
