@@ -32,7 +32,7 @@ from chiasm.services.decoder.sequence import (
 )
 from chiasm.telemetry import traces
 from chiasm.transport import handover, interceptors, loads
-from chiasm.transport.messages import ACCEPTED_KEY
+from chiasm.transport.accepted import accept
 from chiasm.v1 import decoder_pb2, decoder_pb2_grpc, inference_pb2
 
 PROMPT_ROWS_BYTES = 1 << 30
@@ -76,7 +76,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self._idle.clear()
         try:
             self._reserve(num_bytes)
-            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
+            await accept(context)
             with traces.span("decode", kind=traces.SERVER) as span:
                 span.set_attributes(
                     {

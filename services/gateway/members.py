@@ -11,8 +11,8 @@ from chiasm import errors
 from chiasm.membership import MemberInfo, Topology
 from chiasm.services.gateway.deadline import Deadline
 from chiasm.transport import status
+from chiasm.transport.accepted import was_accepted
 from chiasm.transport.membership import TopologyWatcher
-from chiasm.transport.messages import ACCEPTED_KEY
 
 _RETRY_PAUSE_S = 0.2
 
@@ -34,8 +34,7 @@ async def call_error(call: grpc.aio.Call, failure: grpc.RpcError) -> errors.Chia
         error = status.from_rpc_error(failure)
     if error.reason != errors.Unavailable.default_reason:
         return error
-    was_accepted = ACCEPTED_KEY in dict(await call.initial_metadata() or ())
-    return BrokenOff(error.message) if was_accepted else error
+    return BrokenOff(error.message) if await was_accepted(call) else error
 
 
 def may_try_another(error: errors.ChiasmError) -> bool:

@@ -14,7 +14,7 @@ from chiasm.services.vision_encoder.engine import EncoderEngine
 from chiasm.services.vision_encoder.upload import Header, Uploads, next_part
 from chiasm.telemetry import traces
 from chiasm.transport import loads, tensors
-from chiasm.transport.messages import ACCEPTED_KEY
+from chiasm.transport.accepted import accept
 from chiasm.types import MediaKind
 from chiasm.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, tensor_pb2
 
@@ -108,7 +108,7 @@ class VisionEncoderServicer(encoder_pb2_grpc.VisionEncoderServicer):
         engine.check_queue()  # before the file has come in vain
         with self._uploads.reserve(header.size_bytes):
             file = await self._uploads.receive(header, parts)
-            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
+            await accept(context)
             return await engine.encode(header.digest, header.kind, file)
 
 

@@ -25,6 +25,9 @@ class Context:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
     async def write(self, _: object) -> None:
         self.is_writing.set()
         await asyncio.sleep(WAIT_S)

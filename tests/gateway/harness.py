@@ -27,9 +27,9 @@ from chiasm.services.gateway.channels import Channels
 from chiasm.services.gateway.config import GatewaySettings
 from chiasm.services.gateway.servicer import InferenceServicer
 from chiasm.transport import channel
+from chiasm.transport.accepted import accept
 from chiasm.transport.interceptors import CallInterceptor
 from chiasm.transport.membership import TopologyWatcher
-from chiasm.transport.messages import ACCEPTED_KEY
 from chiasm.v1 import (
     common_pb2,
     decoder_pb2,
@@ -88,7 +88,7 @@ class FakeDecoder(decoder_pb2_grpc.DecoderServicer):
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.time_left_s.append(context.time_remaining())
         if self.accepts:
-            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
+            await accept(context)
         script = self.scripts.popleft() if self.scripts else self._answer
         try:
             async for event in script(request):
@@ -143,7 +143,7 @@ class FakeEncoder(encoder_pb2_grpc.VisionEncoderServicer):
             assert hashed.hexdigest() == header.digest
             assert len(data) == header.size_bytes
         if self.breaks_off:
-            await context.send_initial_metadata(((ACCEPTED_KEY, ""),))
+            await accept(context)
             raise errors.Unavailable("killed by this file")
         return encoder_pb2.EncodeResult(
             digest=header.digest, grid=GRIDS[header.kind], num_tokens=TOKENS[header.kind]

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import pytest
 
 from chiasm import errors
 from chiasm.services.gateway.members import BrokenOff, call_error, may_try_another
 from chiasm.transport import status
-from chiasm.transport.messages import ACCEPTED_KEY
+from chiasm.transport.accepted import accept
+
+Metadata = tuple[tuple[str, str], ...]
 
 
 class Call:
-    """One that has ended."""
+    """Both sides of one that has ended: what the member sends, and what of it is received."""
 
-    def __init__(self, *initial_metadata: tuple[str, str]) -> None:
-        self._initial_metadata = initial_metadata
+    def __init__(self, *received: str) -> None:
+        self._received = received
+        self._sent: dict[str, Metadata] = {}
 
-    async def initial_metadata(self) -> tuple[tuple[str, str], ...]:
-        return self._initial_metadata
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        self._sent["initial"] = metadata
+
+    def set_trailing_metadata(self, metadata: Metadata) -> None:
+        self._sent["trailing"] = metadata
+
+    async def initial_metadata(self) -> Metadata | None:
+        return self._sent["initial"] if "initial" in self._received else None
+
+    async def trailing_metadata(self) -> Metadata | None:
+        return self._sent["trailing"] if "trailing" in self._received else None
 
 
 def failure(code: grpc.StatusCode, *trailing: tuple[str, bytes]) -> grpc.aio.AioRpcError:
@@ -27,13 +41,18 @@ def failure(code: grpc.StatusCode, *trailing: tuple[str, bytes]) -> grpc.aio.Aio
     )
 
 
-@pytest.mark.parametrize("accepted", [False, True])
-async def test_a_status_that_grpc_has_lost_says_nothing_of_the_request(accepted: bool) -> None:
-    """A refusal that met what was still being written to the member."""
-    call = Call(*([(ACCEPTED_KEY, "1")] if accepted else []))
-    error = await call_error(call, failure(grpc.StatusCode.INTERNAL))  # type: ignore[arg-type]  # a stand-in
+@pytest.mark.parametrize("received", [(), ("initial",), ("trailing",), ("initial", "trailing")])
+async def test_a_status_that_grpc_has_lost_says_nothing_of_the_request(
+    received: tuple[str, ...],
+) -> None:
+    """A refusal that met what was still being written to the member. That the request was in hand
+    is known from either end of the call: one that dies says no more, and grpc may lose a beginning.
+    """
+    call: Any = Call(*received)
+    await accept(call)
+    error = await call_error(call, failure(grpc.StatusCode.INTERNAL))
     assert may_try_another(error)
-    assert isinstance(error, BrokenOff) is accepted
+    assert isinstance(error, BrokenOff) is bool(received)
 
 
 async def test_a_members_own_internal_error_is_final() -> None:

@@ -14,9 +14,6 @@ MAX_STEP_TOKENS = 16_384
 MAX_EPOCH = (1 << 62) - 1
 """Largest placement epoch: whoever counts on from it by ones does not leave uint64."""
 
-ACCEPTED_KEY = "chiasm-accepted"
-"""Initial metadata of a decoder, or an encoder, that has taken a request in hand."""
-
 
 def request_bytes(num_tokens: int, hidden_size: int, top_k: int) -> int:
     """Bound of a dispatch: per token one row, of float32 at most, and top_k ids and weights."""

@@ -41,7 +41,7 @@ def to_proto(error: errors.ChiasmError) -> status_pb2.Status:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.ChiasmError) -> NoReturn:
     """Ends the call with the error's status."""
     status = to_proto(error)
-    trailing = ((DETAILS_KEY, status.SerializeToString()),)
+    trailing = (*context.trailing_metadata(), (DETAILS_KEY, status.SerializeToString()))
     await context.abort(_CODES[error.code], error.message, trailing)
     raise AssertionError("abort raises")
 
