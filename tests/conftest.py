@@ -69,8 +69,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command that ran in this process leaves no logger behind that writes to its streams."""
+    """A command that ran in this process leaves no logger behind that writes to its streams.
+
+    Tracebacks are plain: to draw one with its tensors takes seconds, and a server that does it is
+    silent for so long.
+    """
     configure = structlog.configure
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    configure(processors=[*structlog.get_config()["processors"][:-1], plain])
 
     def uncached(**settings: Any) -> None:
         configure(**{**settings, "cache_logger_on_first_use": False})

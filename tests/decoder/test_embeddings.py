@@ -131,6 +131,9 @@ class FullEngine:
 
 
 class Context:
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        pass
+
     async def send_initial_metadata(self, metadata: Any) -> None:
         pass
 
