@@ -30,7 +30,7 @@ STUCK_S = 2.0
 """A server that has shards and takes no work for so long does not get on: others take its place."""
 
 BARRED_S = 300.0
-"""How long a server is not asked again for a shard that it could not load."""
+"""How long a server is not asked again for a shard that it could not load and another can."""
 
 log = structlog.get_logger()
 
@@ -147,18 +147,14 @@ class Placer:
         pool.servers, pool.balanced_at = staying, self._clock()
         pool.loads = loads if len(loads) == num_shards else (0.0,) * num_shards
         pool.barred = {key: end for key, end in pool.barred.items() if end > self._clock()}
-        barred = {m: frozenset(s for name, s in pool.barred if name == m) for m in members}
-        servers = [
-            Server(
-                server_id=name,
-                capacity=_held(member).max_shards,
-                held=frozenset(pool.target.get(name) or _held(member).shards) - barred[name],
-                barred=barred[name],
-            )
-            for name, member in members.items()
-            if name in staying and (_held(member).max_shards or _held(member).shards)
-        ]
+        barred = set(pool.barred)
+        servers = _candidates(pool, members, staying, barred)
         placed = dict(place(pool.loads, servers, min_holders=self._min_holders))
+        if missing := frozenset(uncovered(num_shards, placed, servers)):
+            # What nobody else can take is better tried again where it failed than left out.
+            barred = {(name, shard) for name, shard in barred if shard not in missing}
+            servers = _candidates(pool, members, staying, barred)
+            placed = dict(place(pool.loads, servers, min_holders=self._min_holders))
         placed |= {name: () for name in members if name in leaving}
         if placed != pool.target:
             log.info(
@@ -256,6 +252,23 @@ def _servers(topology: Topology, modality: Modality) -> dict[str, MemberInfo]:
         and (held := member.shard_set(modality)) is not None
         and held.num_shards == cut
     }
+
+
+def _candidates(
+    pool: _PoolState,
+    members: Mapping[str, MemberInfo],
+    staying: Collection[str],
+    barred: Collection[tuple[str, int]],
+) -> list[Server]:
+    """The servers that stay, as placement sees them."""
+    found = []
+    for name, member in members.items():
+        held, unable = _held(member), frozenset(s for other, s in barred if other == name)
+        if name in staying and (held.max_shards or held.shards):
+            shards = frozenset(pool.target.get(name) or held.shards) - unable
+            server = Server(server_id=name, capacity=held.max_shards, held=shards, barred=unable)
+            found.append(server)
+    return found
 
 
 def _held(member: MemberInfo) -> ShardSet:

@@ -58,7 +58,10 @@ class DecoderSettings(ComputeSettings):
         30.0, gt=0, description="Seconds a request waits for an expert pool that is away."
     )
     attempt_timeout_s: float = Field(
-        10.0, gt=0, description="Seconds one dispatch may take before another replica is tried."
+        10.0,
+        gt=0,
+        description="Seconds one dispatch may take before its server counts as hung and another "
+        "replica is tried; more than the experts need for --max-step-tokens.",
     )
     dispatch_timeout_s: float = Field(
         30.0, gt=0, description="Seconds a dispatch may take over all attempts."

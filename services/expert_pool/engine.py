@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,16 +49,16 @@ class ExpertEngine:
             return True
         return epoch > self.epoch or (epoch == self.epoch and frozenset(shards) == self._wanted)
 
-    async def assign(
+    def assign(
         self,
         shards: Sequence[int],
         *,
         epoch: int,
         on_layer: Callable[[], None] | None = None,
         on_change: Callable[[], None] | None = None,
-    ) -> None:
-        """Drops the surplus shards, which may have the room that the others need, then loads the
-        missing ones; serving goes on meanwhile.
+    ) -> Coroutine[None, None, None]:
+        """Drops the surplus shards, which may have the room that the others need; what it returns
+        loads the missing ones, while serving goes on. The assignment counts from the call on.
 
         A later assignment takes over after the shard being read, which is dropped again before the
         next one is read where it is not wanted any more. A shard that cannot be loaded keeps none
@@ -71,6 +71,11 @@ class ExpertEngine:
         self._drop_unwanted()
         self.loading = tuple(s for s in sorted(set(shards)) if s not in self.bank.shards)
         on_change()
+        return self._load_missing(number, on_layer, on_change)
+
+    async def _load_missing(
+        self, number: int, on_layer: Callable[[], None] | None, on_change: Callable[[], None]
+    ) -> None:
         failures, loop = [], asyncio.get_running_loop()
         for shard in self.loading:
             try:

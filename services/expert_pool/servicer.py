@@ -143,7 +143,6 @@ class ExpertPoolServicer(experts_pb2_grpc.ExpertPoolServicer):
         )
         self._assigning.add(task)
         task.add_done_callback(self._assigned)
-        await asyncio.sleep(0)  # the assignment takes effect before it is described
         return await self.Describe(experts_pb2.DescribeRequest(), context)
 
     async def Drain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from chiasm import errors
@@ -33,7 +33,8 @@ TEXT, VISION = Pool.TEXT_EXPERTS, Pool.VISION_EXPERTS
 
 @dataclass
 class Process:
-    """A member in memory. An expert server loads one shard a step."""
+    """A member in memory. An expert server loads one shard after the other, each in `load_steps`;
+    one that it cannot load it tries again when it is told again."""
 
     info: MemberInfo
     load: Load
@@ -43,10 +44,13 @@ class Process:
     dropped: list[int] = field(default_factory=list)
     drained_until: float | None = None
     broken: set[int] = field(default_factory=set)  # shards it cannot load
+    load_steps: int = 1
     is_stuck: bool = False  # keeps what it has and takes no work
 
     def __post_init__(self) -> None:
         self.max_shards = self.held.max_shards if self.info.shard_sets else 0
+        self._failed: set[int] = set()
+        self._reading: tuple[int, int] = (-1, 0)  # a shard, and for how many steps
 
     @property
     def is_draining(self) -> bool:
@@ -59,7 +63,11 @@ class Process:
     @property
     def missing(self) -> list[int]:
         """Shards it is loading."""
-        return sorted({*self.told} - {*self.held.shards} - self.broken)
+        return sorted({*self.told} - {*self.held.shards} - self._failed)
+
+    def tell(self, shards: Collection[int], epoch: int) -> None:
+        self.told, self.epoch = tuple(sorted(shards)), epoch
+        self._failed.clear()
 
     def work(self) -> None:
         if self.is_stuck:
@@ -69,7 +77,7 @@ class Process:
         have = set(self.held.shards)
         self.dropped += sorted(have - set(self.told))
         have &= set(self.told)
-        have |= set(self.missing[:1])
+        have |= set(self._loaded())
         assert len(have) <= self.max_shards, "there is no room for so many"
         shards = () if self.is_draining else tuple(sorted(have))
         state = MemberState.READY if shards else MemberState.LOADING
@@ -77,6 +85,19 @@ class Process:
             self.held, shards=shards, max_shards=0 if self.is_draining else self.max_shards
         )
         self.info = replace(self.info, shard_sets=(held,), state=state)
+
+    def _loaded(self) -> Iterable[int]:
+        """What this step has loaded."""
+        for shard in self.missing[:1]:
+            last, steps = self._reading
+            self._reading = shard, steps + 1 if shard == last else 1
+            if self._reading[1] < self.load_steps:
+                return
+            self._reading = -1, 0
+            if shard not in self.broken:
+                yield shard
+            else:
+                self._failed.add(shard)
 
 
 class World(ExpertServers):
@@ -120,7 +141,7 @@ class World(ExpertServers):
         process = self._reach(address)
         if epoch < process.epoch:
             raise errors.FailedPrecondition("old", reason="STALE_EPOCH")
-        process.told, process.epoch = tuple(sorted(shards)), epoch
+        process.tell(shards, epoch)
         return await self.describe(address)
 
     async def drain(self, address: str, lease_s: float) -> experts_pb2.PoolDescription:

@@ -10,6 +10,7 @@ from control.scaling_world import CONFIG, NUM_SHARDS, TEXT, VISION, World, world
 from chiasm import errors
 from chiasm.load import ExpertLoad, GatewayLoad
 from chiasm.membership import Role
+from chiasm.orchestrator.placer import REPEAT_S
 from chiasm.orchestrator.scaling import ScalingSettings
 from chiasm.orchestrator.types import Pool
 from chiasm.types import Modality
@@ -210,6 +211,17 @@ async def test_a_shard_that_one_server_cannot_load_goes_to_another() -> None:
     await system.step(40)
     assert system.is_covered
     assert set(system.processes[others[1]].held.shards) >= lost
+
+
+async def test_a_shard_that_nobody_else_can_take_is_tried_again_where_it_failed() -> None:
+    system = world(text_experts=1)
+    (server,) = system.processes.values()
+    server.load_steps, server.broken = 5, {NUM_SHARDS - 1}
+    await system.step(5 * NUM_SHARDS + 5)
+    assert set(server.held.shards) == set(range(NUM_SHARDS - 1))
+    server.broken = set()
+    await system.step(round(REPEAT_S / 2) + 10)
+    assert system.is_covered
 
 
 async def test_a_busy_pool_grows_by_the_decision() -> None:

@@ -70,6 +70,14 @@ def text_bank(config: ModelConfig) -> ExpertBank:
     )
 
 
+async def test_an_assignment_counts_from_the_call_on(engine: Engine) -> None:
+    """Not once it gets its turn: two that arrive together are judged one after the other."""
+    newer = engine.assign([0], epoch=5)
+    assert not engine.may_assign([1], 4)
+    await newer
+    assert (engine.epoch, engine.bank.shards) == (5, (0,))
+
+
 async def test_files_are_verified_once_for_all_shards(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
