@@ -34,6 +34,9 @@ BARRED_S = 300.0
 
 log = structlog.get_logger()
 
+_Kind = tuple[Modality, str]
+"""A pool, and the name of its weights: servers with others are placed by themselves."""
+
 
 @dataclass(slots=True)
 class _Sent:
@@ -43,8 +46,9 @@ class _Sent:
 
 @dataclass(slots=True)
 class _PoolState:
-    """What is remembered of one pool. sent: what its servers were told last. idle_since: when each
-    stopped to take work though it has shards. barred: until when by server and shard."""
+    """What is remembered of a pool's servers with the same weights. sent: what each was told last.
+    idle_since: when each stopped to take work though it has shards. barred: until when by server
+    and shard."""
 
     servers: frozenset[str] = frozenset()
     loads: tuple[float, ...] = ()
@@ -74,7 +78,7 @@ class Placer:
     ) -> None:
         self._servers, self._clock = servers, clock
         self._min_holders, self._rebalance_s = min_holders, rebalance_s
-        self._pools = {modality: _PoolState() for modality in Modality}
+        self._pools: dict[_Kind, _PoolState] = {}
         self._epoch = 0
 
     async def step(
@@ -90,8 +94,10 @@ class Placer:
         leaving: member_ids of servers that shall end up with nothing.
         expected: servers there will be, where that is known.
         """
-        for modality, pool in self._pools.items():
-            members = _servers(topology, modality)
+        servers = _servers(topology)
+        self._pools = {kind: self._pools.get(kind, _PoolState()) for kind in servers}
+        for (modality, weights), pool in self._pools.items():
+            members = servers[modality, weights]
             wanted = (expected or {}).get(modality)
             if not self._may_place(pool, members, topology, wanted):
                 continue
@@ -102,7 +108,8 @@ class Placer:
         """Whether nobody needs a leaving server any more: each of its shards is held elsewhere."""
         (held,) = member.shard_sets
         if held.max_shards:
-            sent = self._pools[held.modality].sent.get(member.member_id)
+            pool = self._pools.get((held.modality, held.weights), _PoolState())
+            sent = pool.sent.get(member.member_id)
             return sent is not None and not sent.shards
         return all(
             any(h.member_id != member.member_id for h in topology.holders(held.modality, shard))
@@ -117,10 +124,6 @@ class Placer:
         expected: int | None,
     ) -> bool:
         """Not while servers are on their way back; and an empty pool waits for all it will have."""
-        if not members:
-            pool.first_seen_at, pool.servers = None, frozenset()
-            pool.target, pool.sent = {}, {}
-            return False
         if pool.first_seen_at is None:
             pool.first_seen_at = self._clock()
         is_loaded = any(s.shards for m in members.values() for s in m.shard_sets)
@@ -240,18 +243,16 @@ class Placer:
             return None
 
 
-def _servers(topology: Topology, modality: Modality) -> dict[str, MemberInfo]:
-    """The servers of a pool that are not on their way out, by member_id."""
-    cut = topology.num_shards(modality)
-    return {
-        member.member_id: member
-        for member in topology.members
-        if member.role is Role.EXPERT_POOL
-        and member.state is not MemberState.DRAINING
-        and len(member.shard_sets) == 1
-        and (held := member.shard_set(modality)) is not None
-        and held.num_shards == cut
-    }
+def _servers(topology: Topology) -> dict[_Kind, dict[str, MemberInfo]]:
+    """The servers that are not on their way out, by member_id."""
+    found: dict[_Kind, dict[str, MemberInfo]] = {}
+    for member in topology.members:
+        is_leaving = member.state is MemberState.DRAINING
+        if member.role is Role.EXPERT_POOL and not is_leaving and len(member.shard_sets) == 1:
+            held = _held(member)
+            if held.num_shards == topology.num_shards(held.modality):
+                found.setdefault((held.modality, held.weights), {})[member.member_id] = member
+    return found
 
 
 def _candidates(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import structlog
 
 from chiasm.membership import Topology
 from chiasm.services.decoder.link import Connection, ServerLink
@@ -39,6 +40,9 @@ class Placement:
         return tuple(c for c in self.holders.get(shard, ()) if not c.is_broken)
 
 
+log = structlog.get_logger()
+
+
 class ShardHolders:
     """Of one pool. For the event loop, but `placement`, always a whole one, is read by any thread.
 
@@ -55,7 +59,7 @@ class ShardHolders:
     ) -> None:
         self.placement = Placement(shard_of=np.zeros(num_experts, dtype=np.int64))
         self._modality, self._open_link = modality, open_link
-        self._topology = watcher.current
+        self._topology, self._weights = watcher.current, ""
         self._links: dict[str, ServerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._unsubscribe = watcher.subscribe(self._on_topology)
@@ -84,6 +88,9 @@ class ShardHolders:
     def _refresh(self) -> None:
         topology, num_shards = self._topology, self._topology.num_shards(self._modality)
         shard_of = self.placement.shard_of
+        if (weights := topology.weights(self._modality)) != self._weights:
+            log.info("pool_weights", modality=self._modality, old=self._weights, new=weights)
+            self._weights = weights
         if num_shards != self.placement.num_shards:
             shard_of = np.zeros_like(shard_of)
             for shard in range(num_shards):

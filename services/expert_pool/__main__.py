@@ -8,6 +8,7 @@ import torch
 
 from chiasm.flags import settings_command
 from chiasm.membership import Role, ShardSet
+from chiasm.model import identity
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
 from chiasm.services.expert_pool.config import ExpertPoolSettings
@@ -37,6 +38,7 @@ def build(
         text=config.text,
     )
     spec = settings.shard_spec
+    weights = f"{bank.precision}-{identity.digest(settings.model)}"
 
     def report() -> None:
         # A server on its way out has nothing to offer and takes nothing.
@@ -45,6 +47,7 @@ def build(
             num_shards=bank.num_shards,
             shards=() if servicer.draining else bank.shards,
             max_shards=settings.max_assigned if not servicer.draining else 0,
+            weights=weights,
         )
         process.member.update(shard_sets=(shard_set,))
         process.recheck()

@@ -7,7 +7,7 @@ import contextlib
 import structlog
 
 from chiasm import errors
-from chiasm.membership import MemberInfo, MemberState, Role, Topology
+from chiasm.membership import MemberInfo, MemberState, Role, ShardSet, Topology
 from chiasm.model.experts import ExpertBank
 from chiasm.transport.service import ServiceProcess
 
@@ -23,14 +23,15 @@ async def hand_over(process: ServiceProcess, bank: ExpertBank, *, timeout_s: flo
     Returns at once where the shards are fixed and where no other server may be assigned any, as
     when a whole pool is stopped; and after the time at the latest.
     """
-    member = process.member
+    member, held = process.member, process.member.report.shard_set(bank.modality)
+    if held is None or not held.max_shards:
+        return
 
-    def is_over(topology: Topology) -> bool:
+    def is_over(topology: Topology, ours: ShardSet = held) -> bool:
         others = (m for m in topology.members if m.member_id != member.report.member_id)
-        return not bank.shards or not any(_may_inherit(other, bank) for other in others)
+        return not bank.shards or not any(_may_inherit(other, ours) for other in others)
 
-    held = member.report.shard_set(bank.modality)
-    if held is None or not held.max_shards or is_over(process.topology.current):
+    if is_over(process.topology.current):
         return
     log.info("handing_over", shards=bank.shards, timeout_s=timeout_s)
     member.update(leaving=True)
@@ -40,8 +41,8 @@ async def hand_over(process: ServiceProcess, bank: ExpertBank, *, timeout_s: flo
         log.warning("not_handed_over", shards=bank.shards)
 
 
-def _may_inherit(member: MemberInfo, bank: ExpertBank) -> bool:
-    """Whether a member may be assigned shards of the bank's pool, and stays."""
-    held = member.shard_set(bank.modality) if member.role is Role.EXPERT_POOL else None
+def _may_inherit(member: MemberInfo, ours: ShardSet) -> bool:
+    """Whether a member may be assigned shards of our pool, with our weights, and stays."""
+    held = member.shard_set(ours.modality) if member.role is Role.EXPERT_POOL else None
     is_staying = not member.leaving and member.state is not MemberState.DRAINING
-    return is_staying and held is not None and held.max_shards > 0
+    return is_staying and held is not None and held.weights == ours.weights and held.max_shards > 0

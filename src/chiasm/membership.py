@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from chiasm.types import Modality
@@ -30,13 +29,15 @@ class MemberState(StrEnum):
 class ShardSet:
     """Loaded shards, ascending, of a pool cut into `num_shards`.
 
-    max_shards: most shards the orchestrator may assign; 0: they are fixed.
+    max_shards: most shards the orchestrator may assign; 0: they are fixed. weights: a name of the
+    pool's weights, the same for servers that may stand for each other.
     """
 
     modality: Modality
     num_shards: int
     shards: tuple[int, ...]
     max_shards: int = 0
+    weights: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -100,38 +101,20 @@ class Topology:
         return self.ready(Role.DECODER)
 
     def num_shards(self, modality: Modality) -> int:
-        """Into how many shards the expert servers cut a pool; 0 while none is known.
+        """Into how many shards the expert servers cut a pool; 0 while none is known."""
+        return self._pool(modality).num_shards
 
-        The orchestrator refuses a second cut of a pool. Should two be seen all the same, as while
-        it settles, the more frequent one counts.
-        """
-        cuts = Counter(
-            held.num_shards
-            for member in self.members
-            if member.role is Role.EXPERT_POOL and (held := member.shard_set(modality))
-        )
-        return max(cuts, key=lambda cut: (cuts[cut], -cut), default=0)
+    def weights(self, modality: Modality) -> str:
+        """The name of the weights that a pool computes with; empty while none are known."""
+        return self._pool(modality).weights
 
     def holders(self, modality: Modality, shard: int) -> tuple[MemberInfo, ...]:
         """Expert servers that take work for a shard."""
-        cut = self.num_shards(modality)
-        return tuple(
-            member
-            for member in self.ready(Role.EXPERT_POOL)
-            if (held := member.shard_set(modality))
-            and held.num_shards == cut
-            and shard in held.shards
-        )
+        return self._pool(modality).holders(shard)
 
     def missing(self, modality: Modality) -> tuple[int, ...]:
         """Shards of a pool, as far as its cut is known, without a ready expert server."""
-        cut = self.num_shards(modality)
-        held: set[int] = set()
-        for member in self.ready(Role.EXPERT_POOL):
-            shards = member.shard_set(modality)
-            if shards and shards.num_shards == cut:
-                held.update(shards.shards)
-        return tuple(shard for shard in range(cut) if shard not in held)
+        return self._pool(modality).missing()
 
     def covered(self, modality: Modality) -> bool:
         """Whether every shard of a pool has a ready expert server."""
@@ -158,7 +141,41 @@ class Topology:
         members = {m.member_id: m for m in (*self.members, *update.members)}
         return replace(update, members=tuple(members[i] for i in sorted(members)))
 
+    def _pool(self, modality: Modality) -> _Pool:
+        """The expert servers that count as a pool.
+
+        They cut it alike and have the same weights, so that each can stand for another. The
+        orchestrator refuses a second cut, though two may be seen while it settles; servers with
+        other weights may come at any time, to take the place of the first. Those who have every
+        shard go before those who have not, then the more frequent before the others.
+        """
+        pools: dict[tuple[int, str], _Pool] = {}
+        for member in self.members:
+            held = member.shard_set(modality) if member.role is Role.EXPERT_POOL else None
+            if held is not None:
+                kind = held.num_shards, held.weights
+                pools.setdefault(kind, _Pool(*kind)).servers.append((member, held.shards))
+        return max(pools.values(), key=_Pool.rank, default=_Pool(0, ""))
+
     def _inside(self, modality: Modality) -> bool:
         return any(
             held.is_whole for d in self.decoders() if (held := d.shard_set(modality)) is not None
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Servers with what they have loaded."""
+
+    num_shards: int
+    weights: str
+    servers: list[tuple[MemberInfo, tuple[int, ...]]] = field(default_factory=list)
+
+    def holders(self, shard: int) -> tuple[MemberInfo, ...]:
+        return tuple(m for m, shards in self.servers if m.is_ready and shard in shards)
+
+    def missing(self) -> tuple[int, ...]:
+        return tuple(shard for shard in range(self.num_shards) if not self.holders(shard))
+
+    def rank(self) -> tuple[bool, int, int, str]:
+        return not self.missing(), len(self.servers), -self.num_shards, self.weights

@@ -42,7 +42,12 @@ def build(settings: Settings, process: ServiceProcess) -> Service:
         worker.submit(hang)
         if settings.role is Role.EXPERT_POOL:
             spec = ShardSpec.parse(settings.shards)
-            held = ShardSet(modality=Modality.TEXT, num_shards=spec.num_shards, shards=spec.shards)
+            held = ShardSet(
+                modality=Modality.TEXT,
+                num_shards=spec.num_shards,
+                shards=spec.shards,
+                weights="w",
+            )
             process.member.update(shard_sets=(held,))
 
     async def drain() -> None:

@@ -198,12 +198,19 @@ class World(ExpertServers):
 
     # The processes.
 
-    def start(self, pool: Pool, *, max_shards: int = NUM_SHARDS, shards: Sequence[int] = ()) -> str:
+    def start(
+        self,
+        pool: Pool,
+        *,
+        max_shards: int = NUM_SHARDS,
+        shards: Sequence[int] = (),
+        weights: str = "",
+    ) -> str:
         """One more process; `shards` without max_shards are fixed ones."""
         self._count += 1
         address = f"{pool}-{self._count}"
         self.processes[address] = Process(
-            info=server_info(pool, address, max_shards, tuple(shards)), load=_IDLE[pool]
+            info=server_info(pool, address, max_shards, tuple(shards), weights), load=_IDLE[pool]
         )
         return address
 
@@ -251,7 +258,9 @@ _IDLE: Mapping[Pool, Load] = {
 }
 
 
-def server_info(pool: Pool, address: str, max_shards: int, shards: tuple[int, ...]) -> MemberInfo:
+def server_info(
+    pool: Pool, address: str, max_shards: int, shards: tuple[int, ...], weights: str
+) -> MemberInfo:
     role = Role.EXPERT_POOL
     held: tuple[ShardSet, ...] = ()
     if pool.modality is None:
@@ -263,6 +272,7 @@ def server_info(pool: Pool, address: str, max_shards: int, shards: tuple[int, ..
                 num_shards=NUM_SHARDS,
                 shards=shards,
                 max_shards=max_shards,
+                weights=weights,
             ),
         )
     is_ready = pool.modality is None or bool(shards)

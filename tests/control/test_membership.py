@@ -21,8 +21,10 @@ def member(name: str, role: Role = Role.GATEWAY, **changes: object) -> MemberInf
     return replace(base, **changes)  # type: ignore[arg-type] # the fields under test
 
 
-def pool(name: str, modality: Modality, *shards: int, of: int, **changes: object) -> MemberInfo:
-    held = ShardSet(modality=modality, num_shards=of, shards=shards)
+def pool(
+    name: str, modality: Modality, *shards: int, of: int, weights: str = "", **changes: object
+) -> MemberInfo:
+    held = ShardSet(modality=modality, num_shards=of, shards=shards, weights=weights)
     return member(name, Role.EXPERT_POOL, shard_sets=(held,), **changes)
 
 
@@ -207,6 +209,43 @@ class TestRefusals:
         decoder = member("d", Role.DECODER, shard_sets=(inside,))
         members.report(decoder, session=2, now=0.0)
         assert members.topology.num_shards(Modality.TEXT) == 2
+
+
+class TestWeights:
+    """Servers with other weights are no replicas."""
+
+    def held(self, topology: Topology, shard: int) -> list[str]:
+        return [m.member_id for m in topology.holders(Modality.TEXT, shard)]
+
+    def test_the_larger_of_two_kinds_counts(self) -> None:
+        topology = Topology(
+            members=(
+                pool("a", Modality.TEXT, 0, 1, of=2, weights="int4"),
+                pool("b", Modality.TEXT, 0, 1, of=2, weights="int8"),
+                pool("c", Modality.TEXT, 0, 1, of=2, weights="int4"),
+                pool("v", Modality.VISION, 0, of=1, weights="int8"),
+            )
+        )
+        assert topology.weights(Modality.TEXT) == "int4"
+        assert self.held(topology, 1) == ["a", "c"]
+        assert topology.weights(Modality.VISION) == "int8"
+        assert topology.covered(Modality.VISION)
+
+    def test_those_that_have_every_shard_go_first(self) -> None:
+        """So a pool changes its weights at once, when the new ones can do without the old."""
+        old = [pool(f"old{s}", Modality.TEXT, s, of=3, weights="int4") for s in range(3)]
+        new = pool("new", Modality.TEXT, 0, 1, of=3, weights="int8")
+        assert Topology(members=(*old, new)).weights(Modality.TEXT) == "int4"
+        assert Topology(members=(*old[1:], new)).missing(Modality.TEXT) == (0,)
+        new = pool("new", Modality.TEXT, 0, 1, 2, of=3, weights="int8")
+        left = Topology(members=(*old[1:], new))
+        assert left.weights(Modality.TEXT) == "int8"
+        assert left.covered(Modality.TEXT)
+        draining = replace(new, state=MemberState.DRAINING)
+        assert Topology(members=(*old, draining)).weights(Modality.TEXT) == "int4"
+
+    def test_an_unknown_pool_has_none(self) -> None:
+        assert Topology().weights(Modality.TEXT) == ""
 
 
 class TestCoverage:

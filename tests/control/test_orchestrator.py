@@ -270,10 +270,10 @@ def test_status_command_shows_the_members(spawn: Spawn) -> None:
         return topology["members"][0] if topology["members"] else {}
 
     wait_until(lambda: shown().get("state") == "ready", "the member is ready")
-    held = [{"modality": "text", "num_shards": 3, "shards": [0, 2], "max_shards": 0}]
-    assert (shown()["address"], shown()["shard_sets"]) == (at, held)
+    held = {"modality": "text", "num_shards": 3, "shards": [0, 2], "max_shards": 0, "weights": "w"}
+    assert (shown()["address"], shown()["shard_sets"]) == (at, [held])
     table = CliRunner().invoke(app, ["status", "--endpoint", control], env={"COLUMNS": "200"})
-    for text in ("expert-pool", at, "text 0,2/3", "no server for text 1"):
+    for text in ("expert-pool", at, "text 0,2/3", " w ", "no server for text 1"):
         assert text in table.stdout
 
 

@@ -224,6 +224,25 @@ async def test_a_shard_that_nobody_else_can_take_is_tried_again_where_it_failed(
     assert system.is_covered
 
 
+async def test_servers_with_other_weights_are_placed_by_themselves() -> None:
+    """They take over once they can do without the others, which keep all shards until then."""
+    system = world(text_experts=2, min_text=2)
+    await system.step(6)
+    others = system.start(TEXT, weights="other")
+    await system.step(2)
+    topology = system.membership.topology
+    assert topology.weights(Modality.TEXT) == ""
+    await system.step(6)
+    assert system.shards()[others] == tuple(range(NUM_SHARDS)), "none is left to those of before"
+    assert sum(map(len, system.shards().values())) == 2 * NUM_SHARDS
+    for name in [name for name in system.shards() if name != others]:
+        system.kill(name)
+    await system.step()
+    topology = system.membership.topology
+    assert topology.weights(Modality.TEXT) == "other"
+    assert topology.covered(Modality.TEXT)
+
+
 async def test_a_busy_pool_grows_by_the_decision() -> None:
     system = world(text_experts=1)
     await system.step(6)

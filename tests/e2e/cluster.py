@@ -59,13 +59,13 @@ class Cluster(LocalStack):
         self.endpoint = ""
         self.ended: set[str] = set()
 
-    def add(self, like: str, *, wait: bool = True) -> str:
-        """Starts another process with the flags of `like`; its name, once it is ready."""
+    def add(self, like: str, *more: str, wait: bool = True) -> str:
+        """Starts another process with the flags of `like` and more; its name, once it is ready."""
         number = sum(name.startswith(f"{like}+") for name in self.children) + 1
         name = f"{like}+{number}"
         for known, module, flags in self._services():
             if known == like:
-                self._spawn(name, module, 0, "--orchestrator", self.orchestrator, *flags)
+                self._spawn(name, module, 0, "--orchestrator", self.orchestrator, *flags, *more)
         if wait:
             self.wait_ready(name)
         return name

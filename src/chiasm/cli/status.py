@@ -102,7 +102,7 @@ def table(topology: Topology) -> Table:
     missing = ", ".join(f"{m} {s}" for m in Modality for s in topology.missing(m))
     if missing:
         caption += f"; no server for {missing}"
-    headers = ("role", "address", "state", "shards", "metrics")
+    headers = ("role", "address", "state", "shards", "weights", "metrics")
     view = Table(*headers, caption=caption, caption_justify="left")
     colours = {"ready": "green", "loading": "yellow", "draining": "red"}
     for member in sorted(topology.members, key=lambda m: (m.role, m.address)):
@@ -111,6 +111,7 @@ def table(topology: Topology) -> Table:
             member.address,
             f"[{colours[member.state]}]{member.state}[/]",
             _shards(member),
+            " ".join(s.weights for s in member.shard_sets),
             member.metrics_address,
         )
     return view

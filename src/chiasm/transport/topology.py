@@ -41,6 +41,7 @@ def member_to_proto(member: MemberInfo) -> control_pb2.MemberReport:
                 num_shards=held.num_shards,
                 shards=held.shards,
                 max_shards=held.max_shards,
+                weights=held.weights,
             )
             for held in member.shard_sets
         ],
@@ -104,6 +105,8 @@ def _shard_set(wire: control_pb2.ShardSet, index: int) -> ShardSet:
     path = f"shard_sets[{index}]"
     if wire.modality not in MODALITIES:
         raise errors.InvalidArgument(f"{path}.modality", f"unknown modality {wire.modality}")
+    if len(wire.weights) > _MAX_NAME_CHARS:
+        raise errors.InvalidArgument(f"{path}.weights", f"longer than {_MAX_NAME_CHARS} characters")
     if not 1 <= wire.num_shards <= MAX_SHARDS:
         raise errors.InvalidArgument(f"{path}.num_shards", f"must lie in 1..{MAX_SHARDS}")
     shards = tuple(wire.shards)
@@ -116,4 +119,5 @@ def _shard_set(wire: control_pb2.ShardSet, index: int) -> ShardSet:
         num_shards=wire.num_shards,
         shards=shards,
         max_shards=min(wire.max_shards, wire.num_shards),
+        weights=wire.weights,
     )
