@@ -70,6 +70,14 @@ def start(
     return Stream(endpoint or stack.endpoint, prompt, sampling, prompt_logits=True)
 
 
+def assert_equal(found: Result, expected: Result) -> None:
+    """Bit by bit: of a request that was alone, so that its chunks were the same."""
+    assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    assert found.prompt_logits is not None
+    assert expected.prompt_logits is not None
+    assert np.array_equal(found.prompt_logits, expected.prompt_logits)
+
+
 def assert_same(found: Result, expected: Result) -> None:
     """Token by token, and logit by logit as far as chunks of other sizes allow."""
     assert found.prompt_token_ids == expected.prompt_token_ids

@@ -191,8 +191,9 @@ def test_equals_reference_on_random_dispatches(seed: int) -> None:
     ).assert_equals_reference()
 
 
-def test_no_token_no_expert_of_the_shard_and_all_tokens_to_one() -> None:
-    case = Case("dense", tokens=5)
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_token_no_expert_of_the_shard_and_all_tokens_to_one(format: Format) -> None:
+    case = Case(format, tokens=5)
     for ids in (case.ids[:0], torch.full_like(case.ids, 3), torch.full_like(case.ids, -1)):
         rows, values = launch.shard_partial(
             case.hidden[: len(ids)], ids, case.expert_weights[: len(ids)], case.weights
