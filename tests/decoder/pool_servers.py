@@ -19,6 +19,7 @@ from chiasm.model.checkpoint import Checkpoint
 from chiasm.model.config import ModelConfig
 from chiasm.model.experts import ExpertBank
 from chiasm.model.moe import Dispatch, Partial
+from chiasm.services.decoder.link import Connection
 from chiasm.services.decoder.remote import RemotePool, RemoteSettings
 from chiasm.services.expert_pool.engine import ExpertEngine
 from chiasm.services.expert_pool.servicer import ExpertPoolServicer
@@ -183,11 +184,15 @@ class Watcher:
 
 @dataclass(kw_only=True)
 class Pool:
-    """A decoder's pool and its servers; `whole` holds every shard, to compare with."""
+    """A decoder's pool and its servers; `whole` holds every shard, to compare with.
+
+    `lane`: whether the servers offer one.
+    """
 
     config: ModelConfig
     model: Path
     whole: ExpertBank
+    lane: bool
     watcher: Watcher
     remote: RemotePool
     servers: list[Server] = field(default_factory=list)
@@ -216,12 +221,18 @@ class Pool:
     async def reachable(self, num_servers: int) -> None:
         """Returns when so many servers are up, with their lanes where they have them."""
         end = time.monotonic() + WAIT_S
-        while len(self._connections()) != num_servers:
+        while not await self._has(num_servers):
             assert time.monotonic() < end, "servers do not become reachable"
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)  # for the lanes, which follow
 
-    def _connections(self) -> set[object]:
+    async def _has(self, num_servers: int) -> bool:
+        await self.on_engine(self.remote.tidy)  # a lane that is open is taken over there
+        connections = self._connections()
+        return len(connections) == num_servers and not any(
+            c.is_broken or (self.lane and c._lane is None) for c in connections
+        )
+
+    def _connections(self) -> set[Connection]:
         return {c for held in self.remote.placement.holders.values() for c in held}
 
 
@@ -304,6 +315,7 @@ async def pool_of(
             config=config,
             model=model,
             whole=load_bank(model, config, range(NUM_SHARDS)),
+            lane=lane,
             watcher=watcher,
             remote=remote,
             engine_thread=stack.enter_context(ThreadPoolExecutor(1)),

@@ -9,6 +9,7 @@ import pytest
 from decoder.pool_servers import WAIT_S, dispatch, pool_of
 
 from chiasm.model.moe import Partial
+from chiasm.services.decoder import dispatches
 from chiasm.services.decoder.dispatches import PoolUnavailable
 
 ALL, FIRST, REST = (0, 1, 2, 3), (0,), (1, 2, 3)
@@ -54,9 +55,10 @@ async def test_a_server_that_is_busy_for_a_moment_is_waited_for(tiny_checkpoint:
 
 
 async def test_one_shards_busy_server_does_not_make_anothers_refusal_final(
-    tiny_checkpoint: Path,
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first shard has a holder that is well; of the rest, the only one is busy."""
+    monkeypatch.setattr(dispatches, "REFUSED_S", WAIT_S)  # three pauses, on a machine that stalls
     async with pool_of(tiny_checkpoint, FIRST, FIRST, REST) as pool:
         defect, _, busy = pool.servers
         left = [3]

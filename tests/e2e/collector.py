@@ -99,22 +99,34 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         with self._lock:
             return list(self._spans)
 
-    def trace(self, is_it: Callable[[Span], bool]) -> Trace:
-        """The trace that holds such a span, once it is whole; fails after WAIT_S."""
+    def trace(
+        self, is_it: Callable[[Span], bool], until: Callable[[Trace], object] = lambda _: True
+    ) -> Trace:
+        """The trace that holds such a span, once it is whole; fails after WAIT_S.
+
+        until: what it must have besides, as a busy process may be silent for longer than QUIET_S. A
+        trace that does not come to it is returned after WAIT_S, so that the test tells what is
+        missing.
+        """
         end = time.monotonic() + WAIT_S
-        while time.monotonic() < end:
+        while True:
+            is_late = time.monotonic() >= end
             ids = {span.trace_id for span in filter(is_it, self.spans())}
             assert len(ids) <= 1, f"in {len(ids)} traces"
             trace = Trace(span for span in self.spans() if span.trace_id in ids)
-            if trace.roots and not trace.orphans and time.monotonic() > self._changed + QUIET_S:
+            is_whole = trace.roots and not trace.orphans
+            is_quiet = time.monotonic() > self._changed + QUIET_S
+            if is_whole and is_quiet and (is_late or until(trace)):
                 return trace
+            if is_late:
+                break
             time.sleep(0.05)
         spans = "\n".join(sorted({span.label for span in self.spans()}))
         raise AssertionError(f"not there or not whole after {WAIT_S} s; there are\n{spans}")
 
-    def trace_of(self, request_id: str) -> Trace:
+    def trace_of(self, request_id: str, until: Callable[[Trace], object] = lambda _: True) -> Trace:
         """The trace of a request."""
-        return self.trace(lambda s: s.attributes.get("gen_ai.response.id") == request_id)
+        return self.trace(lambda s: s.attributes.get("gen_ai.response.id") == request_id, until)
 
 
 def spans_of(request: trace_service_pb2.ExportTraceServiceRequest) -> Iterator[Span]:

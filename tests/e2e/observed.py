@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from chiasm.model.config import ModelConfig
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
 WAIT_S = 20.0
+ANNOUNCEMENT = "listening "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,37 +82,34 @@ class Observed:
     def lines(self, service: str) -> list[dict[str, Any]]:
         """A log, but for the line that tells the launcher the address."""
         text = (self.log_dir / f"{service}.log").read_text()
-        return [json.loads(ln) for ln in text.splitlines() if not ln.startswith("listening ")]
+        return [json.loads(ln) for ln in text.splitlines() if not ln.startswith(ANNOUNCEMENT)]
 
 
 @contextmanager
 def observing(checkpoint: Path, folder: Path) -> Iterator[Observed]:
     """Starts a stack that exports its spans to this process."""
     log_dir = folder / "logs"
-    port, orchestrator_port = free_ports(2)
-    flags = ["--port", str(port), "--orchestrator-port", str(orchestrator_port)]
     with (
         collecting() as (collector, environment),
-        up(checkpoint, *flags, "--log-dir", str(log_dir), env=environment) as client,
+        up(checkpoint, "--log-dir", str(log_dir), env=environment) as client,
     ):
         yield Observed(
             client=client,
-            endpoint=f"127.0.0.1:{port}",
+            endpoint=listening(log_dir, "gateway"),
             collector=collector,
             environment=environment,
-            metrics=addresses(f"127.0.0.1:{orchestrator_port}", log_dir),
+            metrics=addresses(listening(log_dir, "orchestrator"), log_dir),
             log_dir=log_dir,
             model=ModelConfig.load(checkpoint),
             folder=folder,
         )
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+def listening(log_dir: Path, service: str) -> str:
+    """Where a service listens, as it has told the launcher."""
+    lines = (log_dir / f"{service}.log").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(ANNOUNCEMENT)]
+    return line.removeprefix(ANNOUNCEMENT)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

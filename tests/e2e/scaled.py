@@ -14,7 +14,7 @@ from chiasm.local import StackConfig
 from chiasm.membership import MemberInfo, Role
 from chiasm.types import Modality
 
-LEASE_MS = 900
+LEASE_MS = 3000
 FOLLOW_S = 0.1
 
 QUICK = (

@@ -104,10 +104,11 @@ def test_stop_token_ids(generate: Generate, served: Served) -> None:
 
 
 def test_text_comes_as_it_is_made(served: Served, generate: Generate) -> None:
-    flags = ("--prompt", "Tell me.", "--temperature", "0", "--ignore-eos")
-    expected = answer(generate(*flags, "--max-tokens", "100", "--json"))["text"]
+    """Over seconds, so that a busy machine cannot read all of it at once."""
+    flags = ("--prompt", "Tell me.", "--max-tokens", "200", "--temperature", "0", "--ignore-eos")
+    expected = answer(generate(*flags, "--json"))["text"]
     process = subprocess.Popen(
-        [*CHIASM, "generate", "--endpoint", served.endpoint, *flags, "--max-tokens", "100"],
+        [*CHIASM, "generate", "--endpoint", served.endpoint, *flags],
         stdout=subprocess.PIPE,
         bufsize=0,
     )
@@ -115,7 +116,8 @@ def test_text_comes_as_it_is_made(served: Served, generate: Generate) -> None:
     pieces = list(iter(lambda: process.stdout.read(1 << 16), b""))  # type: ignore[union-attr]
     assert process.wait(60) == 0
     assert b"".join(pieces).decode() == expected + "\n"
-    assert len(pieces) > 10
+    # What is held back comes in one piece, or with the end of its line in two.
+    assert len(pieces) > 2
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {

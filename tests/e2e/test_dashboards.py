@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 import urllib.parse
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from e2e.observed import Observed, free_ports
+from e2e.observed import Observed
 
 from helm import tools
 
@@ -48,18 +49,28 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, observed: Observed) -> 
         "scrape_configs": [{"job_name": "chiasm", "static_configs": targets}],
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (port,) = free_ports(1)
     command = [tools.prometheus(), f"--config.file={folder / 'config.yaml'}"]
-    process = subprocess.Popen(
-        [*command, f"--storage.tsdb.path={folder}", f"--web.listen-address=127.0.0.1:{port}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    path = folder / "prometheus.log"
+    with path.open("w") as log:
+        process = subprocess.Popen(
+            [*command, f"--storage.tsdb.path={folder}", "--web.listen-address=127.0.0.1:0"],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{listening(path)}"
     finally:
         process.terminate()
         process.wait(20)
+
+
+def listening(log: Path) -> str:
+    """The address that Prometheus says it has bound."""
+    end = time.monotonic() + WAIT_S
+    while not (found := re.search(r'"Listening on" address=(\S+)', log.read_text())):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+    return found[1]
 
 
 def ask(prometheus: str, expression: str) -> list[Any]:

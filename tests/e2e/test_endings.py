@@ -56,7 +56,7 @@ def test_encoder_drops_what_nobody_waits_for(stack: Cluster) -> None:
     encoded = stack.encoder_load(encoder).encoded_patches - before
     with Client(stack.endpoint) as client:
         per_image = client.count_tokens([user(big[0])]).prompt_image_tokens * 4
-    assert encoded <= 5 * per_image
+    assert encoded < len(big) * per_image
     assert stack.encoder_load(encoder).queued_patches == 0
 
 

@@ -20,6 +20,9 @@ from chiasm.client import Sampling, image, user
 GREEDY = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
 NUM_TOKENS = 64
 CLOCK_SLACK_NS = 2_000_000
+MAX_PAIRS = 10
+PHASES = {"decoder: prefill", "decoder: decode_tokens"}
+"""What links to the steps of others."""
 
 EDGES = {
     ("cli: chat", "gateway: chat tiny"),
@@ -63,27 +66,31 @@ def test_a_request_is_one_tree_over_all_processes(observed: Observed) -> None:
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    trace = observed.collector.trace_of(answer["request_id"])
+    expected = bounded(len(observed.model.text.moe_layers))
+    trace = observed.collector.trace_of(answer["request_id"], lambda t: labels(t) == expected)
     assert_whole(trace)
     assert trace.edges == EDGES
     assert not [span for span in trace.spans if span.is_error]
     instances = {(span.service, span.instance) for span in trace.spans}
     assert len({instance for _, instance in instances}) == len(instances) == 6
-    assert_bounded(trace, len(observed.model.text.moe_layers))
+    assert labels(trace) == expected
     assert_described(trace, answer)
 
 
-def assert_bounded(trace: Trace, num_layers: int) -> None:
+def labels(trace: Trace) -> dict[str, int]:
+    """How many spans there are of each kind."""
+    return dict(Counter(span.label for span in trace.spans))
+
+
+def bounded(num_layers: int) -> dict[str, int]:
     """Two steps are traced in detail, however many tokens follow."""
-    counts = Counter(span.label for span in trace.spans)
-    expected = dict.fromkeys({label for edge in EDGES for label in edge}, 1) | {
+    return dict.fromkeys({label for edge in EDGES for label in edge}, 1) | {
         "decoder: engine_step": 2,
         "decoder: dispatch text": 2 * num_layers,
         "text-experts: experts text": 2 * num_layers,
         "decoder: dispatch vision": num_layers,
         "vision-experts: experts vision": num_layers,
     }
-    assert counts == expected
 
 
 def assert_described(trace: Trace, answer: dict[str, Any]) -> None:
@@ -126,29 +133,40 @@ def assert_described(trace: Trace, answer: dict[str, Any]) -> None:
 
 def test_requests_at_once_are_trees_of_their_own(observed: Observed) -> None:
     """Their prompts are prefilled in common steps: each lies in one tree, the other links to it."""
+    # One may be through its prompt before the other arrives: then they have no step in common.
+    assert any(linked_in_a_pair(observed, attempt) for attempt in range(MAX_PAIRS))
+
+
+def linked_in_a_pair(observed: Observed, attempt: int) -> bool:
+    """Asks for two answers at once and checks their trees; whether there are links."""
     start = threading.Barrier(2)
 
     def ask(words: str) -> str:
         start.wait(WAIT_S)
-        return observed.client.complete([user(words * 400)], sampling=GREEDY).request_id
+        prompt = f"{attempt} {words * 400}"  # a new one, so that no part of it is cached
+        return observed.client.complete([user(prompt)], sampling=GREEDY).request_id
 
     with ThreadPoolExecutor(2) as pool:
         ids = list(pool.map(ask, ("red green blue ", "one two three ")))
-    traces = [observed.collector.trace_of(request_id) for request_id in ids]
+    traces = [observed.collector.trace_of(request_id, has_phases) for request_id in ids]
     steps = {}
     for trace in traces:
         assert_whole(trace)
         assert trace.roots[0].label == "gateway: chat tiny"
-        assert trace.named("decoder: prefill")
-        assert trace.named("decoder: decode_tokens")
+        assert has_phases(trace)
         steps |= {(s.trace_id, s.span_id): s for s in trace.named("decoder: engine_step")}
     assert traces[0].roots[0].trace_id != traces[1].roots[0].trace_id
     linked = [(span, link) for trace in traces for span in trace.spans for link in span.links]
-    assert linked
     for span, link in linked:
-        assert span.name in ("prefill", "decode_tokens")
+        assert span.label in PHASES
         assert steps[link].trace_id != span.trace_id
         assert steps[link].attributes["chiasm.requests"] == 2
+    return bool(linked)
+
+
+def has_phases(trace: Trace) -> bool:
+    """Whether all of its phases have come; the steps in them end, and come, before them."""
+    return labels(trace).keys() >= PHASES
 
 
 def test_a_failed_request_says_why(observed: Observed) -> None:
@@ -158,22 +176,28 @@ def test_a_failed_request_says_why(observed: Observed) -> None:
     before, began_ns = observed.scrape()["gateway"], time.time_ns()
     done = observed.generate("--image", str(path), "--prompt", "What?")
     assert done.returncode == 2
-    trace = observed.collector.trace(
-        lambda span: span.service == "chiasm-cli" and span.is_error and span.start_ns >= began_ns
-    )
-    assert_whole(trace)
-    failed = {span.label for span in trace.spans if span.is_error}
-    assert failed >= {
+    expected = {
         "cli: chat",
         "gateway: chat tiny",
         "gateway: encode image",
         "vision-encoder: encode image",
     }
+    trace = observed.collector.trace(
+        lambda span: span.service == "chiasm-cli" and span.is_error and span.start_ns >= began_ns,
+        lambda t: failed(t) >= expected,
+    )
+    assert_whole(trace)
+    assert failed(trace) >= expected
     assert {s.attributes["error.type"] for s in trace.spans if s.is_error} == {"INVALID_ARGUMENT"}
     assert not trace.named("decoder: decode")
     after = observed.scrape()["gateway"]
     name, reason = "chiasm_requests_failed_total", "INVALID_ARGUMENT"
     assert total(after, name, reason=reason) - total(before, name, reason=reason) == 1
+
+
+def failed(trace: Trace) -> set[str]:
+    """What went wrong, by its own account."""
+    return {span.label for span in trace.spans if span.is_error}
 
 
 def test_what_the_caller_does_not_sample_is_not_traced(observed: Observed) -> None:
@@ -331,7 +355,7 @@ def test_a_request_can_be_followed_through_the_logs(observed: Observed) -> None:
     observed.client.complete(prompt, sampling=sampling, request_id=request_id)
     observed.scrape()
     events = {"gateway": "request_finished", "vision-encoder": "encoded", "decoder": "decoded"}
-    trace = observed.collector.trace_of(request_id)
+    trace = observed.collector.trace_of(request_id, lambda t: t.named("decoder: decode"))
     for service, event in events.items():
         lines = [ln for ln in observed.lines(service) if ln.get("request_id") == request_id]
         (line,) = [line for line in lines if line["event"] == event]

