@@ -18,6 +18,7 @@ from chiasm.model.text import LanguageModel
 from chiasm.services.decoder.blocks import BlockPool
 from chiasm.services.decoder.config import DecoderSettings
 from chiasm.services.decoder.counted import CountedBank
+from chiasm.services.decoder.dispatches import patience
 from chiasm.services.decoder.embeddings import EmbeddingStore
 from chiasm.services.decoder.engine import Engine
 from chiasm.services.decoder.forward import ForwardPass
@@ -154,7 +155,7 @@ def _engine(
     )
     # The engine's own wait is a last resort: a pool gives up before it.
     wait_s = settings.dispatch_timeout_s + settings.attempt_timeout_s
-    experts = ExpertPools(pools, timeout_s=wait_s)
+    experts = ExpertPools(pools, timeout_s=wait_s * patience(settings.max_step_tokens))
     forward_pass = ForwardPass(
         model, cache, experts, device=device, micro_batches=settings.micro_batches
     )

@@ -27,6 +27,9 @@ from chiasm.v1 import experts_pb2
 RETRY_PAUSE_S = 0.05
 """Pause before the same holders are tried again, when no other is left."""
 
+TIMED_TOKENS = 512
+"""Timeouts are those of so many tokens; a dispatch of more has more time, in proportion."""
+
 REFUSED_S = 1.0
 """How long a shard's holders may go on refusing before its pool counts as away."""
 
@@ -38,6 +41,11 @@ _TRANSIENT = (
     errors.NotFound,
 )
 """Failures that the same server may get over; any other is final once every holder has had it."""
+
+
+def patience(num_tokens: int) -> float:
+    """How many times its timeouts a dispatch may take."""
+    return max(1.0, num_tokens / TIMED_TOKENS)
 
 
 class PoolUnavailable(errors.Unavailable):
@@ -77,7 +85,7 @@ class Flight:
 
     def __init__(self, servers: Servers, work: Work, *, timeout_s: float) -> None:
         self._servers, self._work = servers, work
-        self._end = time.monotonic() + timeout_s
+        self._end = time.monotonic() + timeout_s * patience(work.num_tokens)
         self._missing = set(work.shards)
         self._found: list[Partial] = []
         self._calls: dict[Call, Connection] = {}
@@ -225,7 +233,7 @@ class Flight:
             part,
             connection.address,
             attempt=self._num_rounds,
-            timeout_s=self._servers.attempt_timeout_s,
+            timeout_s=self._servers.attempt_timeout_s * patience(len(part.rows)),
             hedge_delay_s=self._servers.hedging.delay_s(len(part.rows)),
             is_hedge=is_hedge,
         )

@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from decoder.pool_servers import FaultyBank, Pool, pool_of, sleep
+from decoder.pool_servers import FaultyBank, Pool, dispatch, pool_of, sleep
 
 from chiasm import errors
 from chiasm.model.moe import Partial
-from chiasm.services.decoder import pace
+from chiasm.services.decoder import dispatches, pace
+from chiasm.services.decoder.dispatches import PoolUnavailable
 from chiasm.services.decoder.pace import FORGOTTEN_S, MOST, SLOW, Pace, is_slow
 
 ALL = (0, 1, 2, 3)
@@ -93,3 +94,16 @@ def test_who_failed_is_slower_than_any_for_a_while() -> None:
     assert is_slow(math.inf, 30.0)
     assert not is_slow(math.inf, math.inf)
     assert known.mean_s(8, now=101.0 + FORGOTTEN_S) == 0.01
+
+
+async def test_more_tokens_have_more_time(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what takes a server longer than the timeout would be asked for again and again."""
+    monkeypatch.setattr(dispatches, "TIMED_TOKENS", 4)
+    async with pool_of(tiny_checkpoint, ALL, attempt_timeout_s=1.0) as pool:
+        pool.servers[0].bank.hook = sleep(2.0)
+        with pytest.raises(PoolUnavailable):
+            await pool.ask(dispatch(pool.config, 4))
+        await pool.reachable(1)
+        await pool.check(80, 1)
