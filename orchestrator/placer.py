@@ -111,8 +111,9 @@ class Placer:
             pool = self._pools.get((held.modality, held.weights), _PoolState())
             sent = pool.sent.get(member.member_id)
             return sent is not None and not sent.shards
+        holders = topology.pool(held.modality).holders
         return all(
-            any(h.member_id != member.member_id for h in topology.holders(held.modality, shard))
+            any(h.member_id != member.member_id for h in holders.get(shard, ()))
             for shard in held.shards
         )
 
@@ -245,12 +246,13 @@ class Placer:
 
 def _servers(topology: Topology) -> dict[_Kind, dict[str, MemberInfo]]:
     """The servers that are not on their way out, by member_id."""
+    cuts = {modality: topology.num_shards(modality) for modality in Modality}
     found: dict[_Kind, dict[str, MemberInfo]] = {}
     for member in topology.members:
         is_leaving = member.state is MemberState.DRAINING
         if member.role is Role.EXPERT_POOL and not is_leaving and len(member.shard_sets) == 1:
             held = _held(member)
-            if held.num_shards == topology.num_shards(held.modality):
+            if held.num_shards == cuts[held.modality]:
                 found.setdefault((held.modality, held.weights), {})[member.member_id] = member
     return found
 

@@ -79,18 +79,19 @@ class ShardHolders:
             task = asyncio.create_task(self._links.pop(address).close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
-        for shard in range(topology.num_shards(self._modality)):
-            for member in topology.holders(self._modality, shard):
+        for members in topology.pool(self._modality).holders.values():
+            for member in members:
                 if member.address not in self._links:
                     self._links[member.address] = self._open_link(member.address, self._refresh)
         self._refresh()
 
     def _refresh(self) -> None:
-        topology, num_shards = self._topology, self._topology.num_shards(self._modality)
+        pool = self._topology.pool(self._modality)
+        num_shards = pool.num_shards
         shard_of = self.placement.shard_of
-        if (weights := topology.weights(self._modality)) != self._weights:
-            log.info("pool_weights", modality=self._modality, old=self._weights, new=weights)
-            self._weights = weights
+        if pool.weights != self._weights:
+            log.info("pool_weights", modality=self._modality, old=self._weights, new=pool.weights)
+            self._weights = pool.weights
         if num_shards != self.placement.num_shards:
             shard_of = np.zeros_like(shard_of)
             for shard in range(num_shards):
@@ -102,7 +103,7 @@ class ShardHolders:
             holders={
                 shard: tuple(
                     connection
-                    for member in topology.holders(self._modality, shard)
+                    for member in pool.holders.get(shard, ())
                     if (connection := connections.get(member.address)) is not None
                 )
                 for shard in range(num_shards)

@@ -71,6 +71,30 @@ class MemberInfo:
         return next((s for s in self.shard_sets if s.modality is modality), None)
 
 
+@dataclass(frozen=True, slots=True)
+class ServingPool:
+    """Expert servers that can stand for each other: they cut the pool alike, with the same weights.
+
+    holders: by shard, those that have it loaded and take work; a shard without any is not there.
+    """
+
+    num_shards: int = 0
+    weights: str = ""
+    servers: list[MemberInfo] = field(default_factory=list)
+    holders: dict[int, list[MemberInfo]] = field(default_factory=dict)
+
+    def add(self, member: MemberInfo, shards: tuple[int, ...]) -> None:
+        """Counts a server in."""
+        self.servers.append(member)
+        for shard in shards if member.is_ready else ():
+            self.holders.setdefault(shard, []).append(member)
+
+    def rank(self) -> tuple[bool, int, int, str]:
+        """The highest one serves: one that has every shard, then the one with most servers."""
+        is_covered = len(self.holders) == self.num_shards
+        return is_covered, len(self.servers), -self.num_shards, self.weights
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
     """All members at one moment, ordered by member_id.
@@ -100,21 +124,32 @@ class Topology:
         """Decoders that take work."""
         return self.ready(Role.DECODER)
 
+    def pool(self, modality: Modality) -> ServingPool:
+        """The expert servers that serve a modality, all with the same weights.
+
+        The orchestrator refuses a second cut of a pool, though two may be seen while it settles;
+        servers with other weights may come at any time, to take the place of the first.
+        """
+        pools: dict[tuple[int, str], ServingPool] = {}
+        for member in self.members:
+            held = member.shard_set(modality) if member.role is Role.EXPERT_POOL else None
+            if held is not None:
+                kind = held.num_shards, held.weights
+                pools.setdefault(kind, ServingPool(*kind)).add(member, held.shards)
+        return max(pools.values(), key=ServingPool.rank, default=ServingPool())
+
     def num_shards(self, modality: Modality) -> int:
         """Into how many shards the expert servers cut a pool; 0 while none is known."""
-        return self._pool(modality).num_shards
-
-    def weights(self, modality: Modality) -> str:
-        """The name of the weights that a pool computes with; empty while none are known."""
-        return self._pool(modality).weights
+        return self.pool(modality).num_shards
 
     def holders(self, modality: Modality, shard: int) -> tuple[MemberInfo, ...]:
         """Expert servers that take work for a shard."""
-        return self._pool(modality).holders(shard)
+        return tuple(self.pool(modality).holders.get(shard, ()))
 
     def missing(self, modality: Modality) -> tuple[int, ...]:
         """Shards of a pool, as far as its cut is known, without a ready expert server."""
-        return self._pool(modality).missing()
+        pool = self.pool(modality)
+        return tuple(shard for shard in range(pool.num_shards) if shard not in pool.holders)
 
     def covered(self, modality: Modality) -> bool:
         """Whether every shard of a pool has a ready expert server."""
@@ -141,41 +176,7 @@ class Topology:
         members = {m.member_id: m for m in (*self.members, *update.members)}
         return replace(update, members=tuple(members[i] for i in sorted(members)))
 
-    def _pool(self, modality: Modality) -> _Pool:
-        """The expert servers that count as a pool.
-
-        They cut it alike and have the same weights, so that each can stand for another. The
-        orchestrator refuses a second cut, though two may be seen while it settles; servers with
-        other weights may come at any time, to take the place of the first. Those who have every
-        shard go before those who have not, then the more frequent before the others.
-        """
-        pools: dict[tuple[int, str], _Pool] = {}
-        for member in self.members:
-            held = member.shard_set(modality) if member.role is Role.EXPERT_POOL else None
-            if held is not None:
-                kind = held.num_shards, held.weights
-                pools.setdefault(kind, _Pool(*kind)).servers.append((member, held.shards))
-        return max(pools.values(), key=_Pool.rank, default=_Pool(0, ""))
-
     def _inside(self, modality: Modality) -> bool:
         return any(
             held.is_whole for d in self.decoders() if (held := d.shard_set(modality)) is not None
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """Servers with what they have loaded."""
-
-    num_shards: int
-    weights: str
-    servers: list[tuple[MemberInfo, tuple[int, ...]]] = field(default_factory=list)
-
-    def holders(self, shard: int) -> tuple[MemberInfo, ...]:
-        return tuple(m for m, shards in self.servers if m.is_ready and shard in shards)
-
-    def missing(self) -> tuple[int, ...]:
-        return tuple(shard for shard in range(self.num_shards) if not self.holders(shard))
-
-    def rank(self) -> tuple[bool, int, int, str]:
-        return not self.missing(), len(self.servers), -self.num_shards, self.weights

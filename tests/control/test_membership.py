@@ -226,26 +226,26 @@ class TestWeights:
                 pool("v", Modality.VISION, 0, of=1, weights="int8"),
             )
         )
-        assert topology.weights(Modality.TEXT) == "int4"
+        assert topology.pool(Modality.TEXT).weights == "int4"
         assert self.held(topology, 1) == ["a", "c"]
-        assert topology.weights(Modality.VISION) == "int8"
+        assert topology.pool(Modality.VISION).weights == "int8"
         assert topology.covered(Modality.VISION)
 
     def test_those_that_have_every_shard_go_first(self) -> None:
         """So a pool changes its weights at once, when the new ones can do without the old."""
         old = [pool(f"old{s}", Modality.TEXT, s, of=3, weights="int4") for s in range(3)]
         new = pool("new", Modality.TEXT, 0, 1, of=3, weights="int8")
-        assert Topology(members=(*old, new)).weights(Modality.TEXT) == "int4"
+        assert Topology(members=(*old, new)).pool(Modality.TEXT).weights == "int4"
         assert Topology(members=(*old[1:], new)).missing(Modality.TEXT) == (0,)
         new = pool("new", Modality.TEXT, 0, 1, 2, of=3, weights="int8")
         left = Topology(members=(*old[1:], new))
-        assert left.weights(Modality.TEXT) == "int8"
+        assert left.pool(Modality.TEXT).weights == "int8"
         assert left.covered(Modality.TEXT)
         draining = replace(new, state=MemberState.DRAINING)
-        assert Topology(members=(*old, draining)).weights(Modality.TEXT) == "int4"
+        assert Topology(members=(*old, draining)).pool(Modality.TEXT).weights == "int4"
 
     def test_an_unknown_pool_has_none(self) -> None:
-        assert Topology().weights(Modality.TEXT) == ""
+        assert Topology().pool(Modality.TEXT).weights == ""
 
 
 class TestCoverage:

@@ -231,7 +231,7 @@ async def test_servers_with_other_weights_are_placed_by_themselves() -> None:
     others = system.start(TEXT, weights="other")
     await system.step(2)
     topology = system.membership.topology
-    assert topology.weights(Modality.TEXT) == ""
+    assert topology.pool(Modality.TEXT).weights == ""
     await system.step(6)
     assert system.shards()[others] == tuple(range(NUM_SHARDS)), "none is left to those of before"
     assert sum(map(len, system.shards().values())) == 2 * NUM_SHARDS
@@ -239,7 +239,7 @@ async def test_servers_with_other_weights_are_placed_by_themselves() -> None:
         system.kill(name)
     await system.step()
     topology = system.membership.topology
-    assert topology.weights(Modality.TEXT) == "other"
+    assert topology.pool(Modality.TEXT).weights == "other"
     assert topology.covered(Modality.TEXT)
 
 

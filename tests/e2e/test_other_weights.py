@@ -25,16 +25,16 @@ def test_it_takes_over_when_the_others_are_gone(stack: Cluster, tmp_path: Path) 
     synthesize(tmp_path / "other", seed=1)
     before = Peace(stack.endpoint)
     expected = [before.answer(prompt) for prompt in (TEXT, picture_prompt(1))]
-    old_weights = stack.topology().weights(Modality.TEXT)
+    old_weights = stack.topology().pool(Modality.TEXT).weights
     stack.add("text-pool-0", "--model", str(tmp_path / "other"), "--shards", "0,1/2")
-    assert stack.topology().weights(Modality.TEXT) == old_weights
+    assert stack.topology().pool(Modality.TEXT).weights == old_weights
     for prompt, answer in zip((TEXT, picture_prompt(1)), expected, strict=True):
         assert_same(start(stack, prompt).result(), answer)
     for name in ("text-pool-0", "text-pool-1"):
         stack.terminate(name)
         stack.wait_exit(name)
         stack.wait_gone(name)
-    assert stack.topology().weights(Modality.TEXT) != old_weights
+    assert stack.topology().pool(Modality.TEXT).weights != old_weights
     after = start(stack, TEXT).result()
     assert after.prompt_logits is not None
     assert expected[0].prompt_logits is not None
