@@ -259,7 +259,7 @@ _IDLE: Mapping[Pool, Load] = {
 
 
 def server_info(
-    pool: Pool, address: str, max_shards: int, shards: tuple[int, ...], weights: str
+    pool: Pool, address: str, max_shards: int, shards: tuple[int, ...], weights: str = ""
 ) -> MemberInfo:
     role = Role.EXPERT_POOL
     held: tuple[ShardSet, ...] = ()
