@@ -14,7 +14,7 @@ from e2e.cluster import Cluster, Stream, cluster
 from chiasm.client import Client, Prompt, Regex, Sampling, image, user
 from chiasm.local import StackConfig
 
-NUM_TOKENS = 250
+NUM_TOKENS = 190
 """Far more than the slowest stream has at the last kill: none of them may have ended by then."""
 
 GREEDY = Sampling(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
@@ -24,9 +24,9 @@ SEEDED = Sampling(
     top_p=0.95,
     seed=11,
     frequency_penalty=0.3,
-    min_tokens=200,
+    min_tokens=150,
 )
-FORM = Regex("([a-z]{2} ){150}")
+FORM = Regex("([a-z]{2} ){115}")
 PROMPTS: dict[str, Prompt] = {
     "text": [user("Tell me of the sea, the wind and the rain.")],
     "image": [user(image(png(picture(84, 112, 5))), "What is in the picture?")],
