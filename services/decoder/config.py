@@ -63,7 +63,9 @@ class DecoderSettings(ComputeSettings):
         description="Seconds a dispatch of up to 512 tokens may take before its server counts as "
         "hung and another replica is tried; more tokens have more time, in proportion.",
     )
-    dispatch_timeout_s: float = Field(30.0, gt=0, description="The same over all attempts.")
+    dispatch_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds such a dispatch may take over all attempts."
+    )
     hedge_budget: float = Field(
         0.05,
         ge=0,

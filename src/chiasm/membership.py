@@ -89,10 +89,14 @@ class ServingPool:
         for shard in shards if member.is_ready else ():
             self.holders.setdefault(shard, []).append(member)
 
+    @property
+    def is_covered(self) -> bool:
+        """Whether every shard has a holder, and there are shards."""
+        return 0 < self.num_shards == len(self.holders)
+
     def rank(self) -> tuple[bool, int, int, str]:
         """The highest one serves: one that has every shard, then the one with most servers."""
-        is_covered = len(self.holders) == self.num_shards
-        return is_covered, len(self.servers), -self.num_shards, self.weights
+        return self.is_covered, len(self.servers), -self.num_shards, self.weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +157,7 @@ class Topology:
 
     def covered(self, modality: Modality) -> bool:
         """Whether every shard of a pool has a ready expert server."""
-        return self.num_shards(modality) > 0 and not self.missing(modality)
+        return self.pool(modality).is_covered
 
     def is_complete(self) -> bool:
         """Whether every kind of request can be served.

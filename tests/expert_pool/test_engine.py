@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import WAIT_S, until
 
 from chiasm import errors
 from chiasm.model import experts, manifest
@@ -20,8 +21,6 @@ from chiasm.model.experts import ExpertBank
 from chiasm.model.manifest import FileEntry, Manifest
 from chiasm.services.expert_pool.engine import ExpertEngine
 from chiasm.types import Modality
-
-WAIT_S = 20.0
 
 
 class Bank:
@@ -126,12 +125,6 @@ def engine() -> Iterator[Any]:
     made.worker.start()
     yield made
     made.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 - polls another thread
-            await asyncio.sleep(0.001)
 
 
 async def test_a_full_server_makes_room_before_it_loads(engine: Any) -> None:

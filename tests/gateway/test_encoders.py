@@ -6,11 +6,12 @@ import asyncio
 import threading
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from gateway.harness import FakeEncoder, Stack, png, running
+from waiting import WAIT_S, until
 
 from chiasm import errors
 from chiasm.client import AsyncClient, Tokens, assistant, image, user
@@ -23,7 +24,6 @@ from chiasm.types import MediaKind
 
 pytestmark = pytest.mark.usefixtures("decoder")
 
-WAIT_S = 20.0
 OFTEN = 10
 """A refusal that meets a write still under way is lost inside grpc, and the encoder asked again: it
 must refuse again then."""
@@ -41,12 +41,6 @@ async def patient(tiny_checkpoint: Path) -> AsyncIterator[Stack]:
 async def patient_client(patient: Stack) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(patient.address, timeout_s=2 * WAIT_S) as opened:
         yield opened
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110  # filled by a call
-            await asyncio.sleep(0.01)
 
 
 def members(*addresses: str) -> list[MemberInfo]:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import pytest
 import torch
+from waiting import until
 
 from chiasm import errors
 from chiasm.model.patches import RawPatches
@@ -109,12 +110,6 @@ def encode(engine: EncoderEngine, name: bytes) -> Awaitable[Encoded]:
 
 def begin(engine: EncoderEngine, name: bytes) -> asyncio.Task[Encoded]:
     return asyncio.ensure_future(encode(engine, name))
-
-
-async def until(predicate: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not predicate():  # noqa: ASYNC110  # what is waited for happens on a thread
-            await asyncio.sleep(0.001)
 
 
 async def until_queued(engine: EncoderEngine, num_items: int) -> None:
